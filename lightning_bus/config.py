@@ -1,0 +1,146 @@
+"""RUN.toml: one file that configures every process of a run.
+
+Each section is a frozen struct that lives next to what it configures; the bus owns [run], [broker] and [gateway], and
+other packages bring theirs through the entry-point group `lightning_bus.sections` (`cli.sections()` collects them).
+Unknown keys and wrong types are refused with the key's path, so a typo never silently means the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from lightning_bus.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections of RUN.toml."""
+
+
+class RunSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[run]: what is this run called, and where does it live."""
+
+    name: str
+    seed: int = 0
+    directory: str = "runs"  # the run's files go to <directory>/<name>
+
+
+class BrokerSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[broker]: the log's only writer."""
+
+    bind: str = "tcp://127.0.0.1:4750"
+    lease_s: float = 10.0  # silence after which an attempt is given to another worker; beats come 5 times as often
+    max_attempts: int = 5  # per rollout, where the submitter does not say
+    map_bytes_max: int = 1 << 40  # address space, not disk: the log's file grows with its content
+
+
+class GatewaySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[gateway]: the OpenAI-compatible door that agents call."""
+
+    bind: str = "127.0.0.1:4751"
+    upstreams: list[str] = msgspec.field(default_factory=lambda: ["http://127.0.0.1:4752"])
+    admission_wait_s: float = 60.0  # how long a call waits for an engine that is restarting or swapping weights
+    request_limit_s: float = 120.0  # one model call, queueing in the engine included
+    body_bytes_max: int = 4 << 20
+
+
+BUS_SECTIONS: dict[str, type[Section]] = {"run": RunSection, "broker": BrokerSection, "gateway": GatewaySection}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFile:
+    """A validated RUN.toml."""
+
+    path: Path
+    sections: dict[str, Section]
+
+    def section(self, kind: type[T]) -> T:
+        """Return the section of that type; defaults where the file does not mention it."""
+        for section in self.sections.values():
+            if isinstance(section, kind):
+                return section
+        raise ConfigError(f"{self.path}: no installed package knows a section of type {kind.__name__}")
+
+    @property
+    def run(self) -> RunSection:
+        return self.section(RunSection)
+
+    @property
+    def directory(self) -> Path:
+        """Where this run's files are."""
+        return Path(self.run.directory) / self.run.name
+
+
+def load(
+    path: Path, kinds: Mapping[str, type[Section]], overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> RunFile:
+    """Return the validated run file, `overrides` (section → key → value) laid over it.
+
+    Raises ConfigError naming file, key path and way out when the file is missing, is not TOML, or holds a key or a
+    value that no section knows.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Copy examples/calc/run.toml and change it.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a directory. Give the path of a RUN.toml.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not TOML: {exc}. Strings need quotes; see examples/calc/run.toml.") from exc
+    for name, keys in (overrides or {}).items():
+        table[name] = {**table.get(name, {}), **keys}
+    unknown = sorted(set(table) - set(kinds))
+    if unknown:
+        raise ConfigError(
+            f"{path}: unknown section [{unknown[0]}]{_did_you_mean(unknown[0], kinds)}. Known: {', '.join(kinds)}."
+        )
+    return RunFile(path, {name: _section(path, name, kind, table.get(name, {})) for name, kind in kinds.items()})
+
+
+def to_toml_table(file: RunFile) -> dict[str, Any]:
+    """Return the whole configuration, defaults spelled out, as plain tables without None (TOML has none)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in cast(dict[str, Any], value).items() if v is not None}
+        return value
+
+    return {name: plain(msgspec.to_builtins(section)) for name, section in file.sections.items()}
+
+
+def _section(path: Path, name: str, kind: type[Section], table: Any) -> Section:
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{path}: {_explain(str(exc), name, kind)}") from exc
+
+
+def _explain(message: str, name: str, kind: type[Section]) -> str:
+    """Turn msgspec's «… - at `$.a.b`» into the key's path in the file."""
+    reason, _, where = message.partition(" - at `$")
+    key = name + where.rstrip("`")
+    unknown = re.search(r"unknown field `(.+)`", reason)
+    if unknown:
+        field = unknown.group(1)
+        known = [f.name for f in msgspec.structs.fields(kind)] if not where else []
+        return f"unknown key {key}.{field}{_did_you_mean(field, known)}." + (
+            f" Known: {', '.join(known)}." if known else ""
+        )
+    missing = re.search(r"missing required field `(.+)`", reason)
+    if missing:
+        return f"{key}.{missing.group(1)} is required and missing."
+    return f"{key}: {reason[0].lower()}{reason[1:]}."
+
+
+def _did_you_mean(word: str, known: Mapping[str, Any] | list[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
