@@ -1,0 +1,57 @@
+"""lightning-bus: train any AI agent with reinforcement learning, from a log that forgets nothing.
+
+The bus, which this package is, carries three things: tasks to workers, spans to the log, and the record of every
+weight version. It knows nothing of torch, of agents' frameworks, or of how one trains.
+
+    from lightning_bus import Client, Submission
+
+    async with Client("tcp://127.0.0.1:4750") as bus:
+        await bus.submit([Submission("r-1", task)])      # durable when this returns
+        async for record in bus.follow():                # everything that happened, in one order
+            ...
+
+What other packages may use is exported here and in `lightning_bus.adapters`; the rest may change.
+"""
+
+from lightning_bus.client import BlockingClient, Client, Leases
+from lightning_bus.clock import monotonic_s, wall_ns
+from lightning_bus.config import BrokerSection, GatewaySection, RunFile, RunSection, Section
+from lightning_bus.daemon import LIFELINE, client_address, load_run, run_daemon
+from lightning_bus.errors import (
+    AgentError,
+    BrokenError,
+    CallError,
+    ConfigError,
+    FencedError,
+    LightningBusError,
+    NotFound,
+    StopProcess,
+    StorageError,
+)
+from lightning_bus.gateway.recording import root_of_attempt
+from lightning_bus.http import serve_http
+from lightning_bus.lifecycle import Status
+from lightning_bus.log.codec import decode_event
+from lightning_bus.messages import Rollout, StatusIs, Submission, Task
+from lightning_bus.records import Kind, Record, RolloutEvent
+from lightning_bus.resources import POLICY_WEIGHTS, Resource, TrainedRollout, WeightVersion
+from lightning_bus.spans import (
+    REWARD,
+    REWARD_NAME,
+    REWARD_SPAN_NAME,
+    ModelCall,
+    Span,
+    decode_spans,
+    is_model_call,
+    model_call,
+    reward_of,
+)
+
+__all__ = [
+    "LIFELINE", "POLICY_WEIGHTS", "REWARD", "REWARD_NAME", "REWARD_SPAN_NAME", "AgentError", "BlockingClient",
+    "BrokenError", "BrokerSection", "CallError", "Client", "ConfigError", "FencedError", "GatewaySection", "Kind",
+    "Leases", "LightningBusError", "ModelCall", "NotFound", "Record", "Resource", "Rollout", "RolloutEvent",
+    "RunFile", "RunSection", "Section", "Span", "Status", "StatusIs", "StopProcess", "StorageError", "Submission",
+    "Task", "TrainedRollout", "WeightVersion", "client_address", "decode_event", "decode_spans", "is_model_call",
+    "load_run", "model_call", "monotonic_s", "reward_of", "root_of_attempt", "run_daemon", "serve_http", "wall_ns",
+]  # fmt: skip
