@@ -1,0 +1,291 @@
+"""One model call → model-call spans. Pure: request, answer and times come in, spans go out.
+
+What always holds: ids and log-probs are the engine's own, never re-tokenised and never guessed. Where the engine did
+not give them, or gave other counts than it reports, the span says in UNTRAINABLE why it cannot be trained on, and
+keeps what there is. What the gateway asked the engine for on its own account is taken out of the answer again, so
+the agent sees exactly what it asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgspec
+
+from lightning_bus import spans as s
+from lightning_bus.spans import Span
+from lightning_bus.tokens import Claims
+
+Json = dict[str, Any]
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A model call as it was asked."""
+
+    rollout_id: str
+    attempt: int
+    trace_id: bytes  # 16 bytes
+    parent_id: bytes | None
+    request: Json  # as sent to the engine
+    request_json: bytes
+    start_ns: int
+    retry_count: int = 0
+
+
+def root_of_attempt(rollout_id: str, attempt: int) -> tuple[bytes, bytes]:
+    """Return the trace id (16 bytes) and the root span's id (8 bytes) of an attempt.
+
+    They follow from its name, so gateway and worker agree on them without a word.
+    """
+    digest = hashlib.blake2b(f"{rollout_id}/{attempt}".encode(), digest_size=24).digest()
+    return digest[:16], digest[16:]
+
+
+def prepare(request: Json, claims: Claims, *, cache_salt: str = "") -> Json:
+    """Return what to send to the engine for what the agent asked.
+
+    The rollout's model and overrides are laid over the request. Temperature and top_p are spelled out where the agent
+    left them to the server, because a server may have defaults of its own and the log must know what was used.
+    """
+    stream = bool(request.get("stream"))
+    sent = {**request, **claims.overrides}
+    if claims.model:
+        sent["model"] = claims.model
+    for name in ("temperature", "top_p"):
+        if sent.get(name) is None:
+            sent[name] = 1.0
+    sent["stream"] = stream  # how the agent reads is its own affair
+    sent["logprobs"] = True
+    sent["return_token_ids"] = True
+    if cache_salt and not sent.get("cache_salt"):
+        sent["cache_salt"] = cache_salt
+    if stream:
+        sent["stream_options"] = {**(sent.get("stream_options") or {}), "include_usage": True}
+    return sent
+
+
+def skewing_parameters(request: Mapping[str, Any]) -> list[str]:
+    """Names of the sampling parameters set so that the sampled distribution is not softmax(logits / temperature)."""
+    return [name for name, neutral in _NEUTRAL.items() if request.get(name) not in (None, *neutral)]
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+}
+
+
+def model_call_spans(
+    call: Call,
+    response: Json,
+    end_ns: int,
+    new_span_id: Callable[[], bytes],
+    *,
+    first_token_ns: int = 0,
+    interrupted: str = "",
+) -> list[Span]:
+    """Return one span for each choice of the engine's answer.
+
+    interrupted  why the answer is not whole, if it is not; such a call is never trained on
+    """
+    choices = _dicts(response.get("choices"))
+    if not choices:
+        return [failed_span(call, interrupted or "no choices in the answer", end_ns, new_span_id())]
+    usage = _dict(response.get("usage"))
+    counted = sum(len(_list(choice.get("token_ids"))) for choice in choices)
+    reported = usage.get("completion_tokens")
+    prompt_ids = response.get("prompt_token_ids")
+    result: list[Span] = []
+    for choice in choices:
+        token_ids = choice.get("token_ids")
+        logprobs = _logprobs(choice)
+        attributes = _asked(call)
+        untrainable = interrupted or _untrainable(prompt_ids, token_ids, logprobs)
+        if not untrainable and isinstance(reported, int) and reported != counted:
+            # A parser in the engine may swallow tokens of a stream, their ids and log-probs together.
+            untrainable = "token ids missing: the engine counted more tokens than it gave"
+        try:
+            attributes[s.PROMPT_IDS] = s.pack_ids(_list(prompt_ids))
+            attributes[s.RESPONSE_IDS] = s.pack_ids(_list(token_ids))
+            attributes[s.LOGPROBS] = s.pack_logprobs(logprobs or ())
+        except (TypeError, ValueError, OverflowError):
+            untrainable = "token ids or log-probs malformed"
+        attributes[s.INPUT_TOKENS] = len(_list(prompt_ids)) or usage.get("prompt_tokens", 0)
+        attributes[s.OUTPUT_TOKENS] = len(_list(token_ids)) or usage.get("completion_tokens", 0)
+        versions = _versions(choice)
+        if versions:
+            attributes[s.WEIGHT_VERSIONS] = versions
+        if choice.get("finish_reason"):
+            attributes[s.FINISH_REASONS] = [str(choice["finish_reason"])]
+        attributes[s.RESPONSE_BODY] = _encode(choice.get("message") or {}).decode()
+        if first_token_ns:
+            attributes[s.FIRST_TOKEN_MS] = (first_token_ns - call.start_ns) / 1e6
+        if untrainable:
+            attributes[s.UNTRAINABLE] = untrainable
+        result.append(_span(call, attributes, end_ns, new_span_id(), error=interrupted))
+    return result
+
+
+def failed_span(call: Call, error: str, end_ns: int, span_id: bytes) -> Span:
+    """Return the span of a call that the engine did not answer."""
+    return _span(call, {**_asked(call), s.UNTRAINABLE: "no answer"}, end_ns, span_id, error=error)
+
+
+def as_asked(answer: Json, request: Mapping[str, Any]) -> Json:
+    """Take out of an answer, or of a stream's chunk, what only the gateway asked for. Changes and returns `answer`."""
+    wants_ids = bool(request.get("return_token_ids"))
+    wants_logprobs = bool(request.get("logprobs"))
+    if not wants_ids:
+        answer.pop("prompt_token_ids", None)
+    for choice in _dicts(answer.get("choices")):
+        if not wants_ids:
+            choice.pop("token_ids", None)
+            choice.pop("weight_versions", None)
+        if not wants_logprobs and "logprobs" in choice:
+            choice["logprobs"] = None
+    return answer
+
+
+@dataclass(slots=True)
+class StreamRecord:
+    """Chunks of a stream, put together again into the answer that they would have been without streaming."""
+
+    answer: Json = field(default_factory=dict[str, Any])
+    choices: dict[int, Json] = field(default_factory=dict[int, Json])
+
+    def add(self, chunk: Json) -> None:
+        for name in ("prompt_token_ids", "usage"):
+            if chunk.get(name) is not None:
+                self.answer[name] = chunk[name]
+        for fields in _dicts(chunk.get("choices")):
+            choice = self.choices.setdefault(int(fields.get("index") or 0), {"message": {}, "token_ids": None})
+            _merge_delta(choice["message"], _dict(fields.get("delta")))
+            if fields.get("token_ids") is not None:
+                choice["token_ids"] = [*_list(choice["token_ids"]), *_list(fields["token_ids"])]
+            content = _dict(fields.get("logprobs")).get("content")
+            if content is not None:
+                choice.setdefault("logprobs", {"content": []})["content"].extend(_list(content))
+            if fields.get("weight_versions") is not None:
+                choice.setdefault("weight_versions", []).extend(_list(fields["weight_versions"]))
+            if fields.get("finish_reason") is not None:
+                choice["finish_reason"] = fields["finish_reason"]
+
+    @property
+    def finished(self) -> bool:
+        """True when every choice has said why it ended."""
+        return bool(self.choices) and all(choice.get("finish_reason") for choice in self.choices.values())
+
+    def response(self) -> Json:
+        """Return the answer so far."""
+        return {**self.answer, "choices": [{"index": i, **choice} for i, choice in sorted(self.choices.items())]}
+
+
+def _merge_delta(message: Json, delta: Json) -> None:
+    """Add one delta to a message: text is joined, tool calls are matched by their index."""
+    for name, value in delta.items():
+        if name == "tool_calls":
+            calls: list[Json] = message.setdefault("tool_calls", [])
+            for piece in _dicts(value):
+                index = int(piece.get("index") or 0)
+                while len(calls) <= index:
+                    calls.append({"function": {"name": "", "arguments": ""}})
+                target = calls[index]
+                for key in ("id", "type"):
+                    if piece.get(key):
+                        target[key] = piece[key]
+                for key, text in _dict(piece.get("function")).items():
+                    if isinstance(text, str):
+                        target["function"][key] = target["function"].get(key, "") + text
+        elif name == "role" or not isinstance(value, str):
+            if value is not None:
+                message[name] = value
+        else:
+            message[name] = (message.get(name) or "") + value
+
+
+def _asked(call: Call) -> Json:
+    """The attributes that are known before the engine answers."""
+    request = call.request
+    attributes: Json = {
+        s.OPERATION: s.MODEL_CALL_NAME,
+        s.REQUEST_MODEL: str(request.get("model", "")),
+        s.TEMPERATURE: _number(request.get("temperature"), 1.0),
+        s.TOP_P: _number(request.get("top_p"), 1.0),
+        s.REQUEST_BODY: call.request_json.decode(),
+    }
+    tokens_max = request.get("max_completion_tokens") or request.get("max_tokens")
+    if isinstance(tokens_max, int):
+        attributes[s.MAX_TOKENS] = tokens_max
+    if call.retry_count:
+        attributes[s.RETRY_COUNT] = call.retry_count
+    return attributes
+
+
+def _span(call: Call, attributes: Json, end_ns: int, span_id: bytes, *, error: str = "") -> Span:
+    return Span(
+        span_id=span_id,
+        trace_id=call.trace_id,
+        parent_id=call.parent_id,
+        name=f"{s.MODEL_CALL_NAME} {attributes[s.REQUEST_MODEL]}".rstrip(),
+        start_ns=call.start_ns,
+        end_ns=max(end_ns, call.start_ns),
+        attributes=attributes,
+        rollout_id=call.rollout_id,
+        attempt=call.attempt,
+        error=error,
+    )
+
+
+def _untrainable(prompt_ids: object, token_ids: object, logprobs: list[float] | None) -> str:
+    if not prompt_ids or not token_ids:
+        return "token ids missing"
+    if logprobs is None:
+        return "log-probs missing"
+    if len(logprobs) != len(_list(token_ids)):
+        return f"{len(logprobs)} log-probs for {len(_list(token_ids))} tokens"
+    return ""
+
+
+def _logprobs(choice: Json) -> list[float] | None:
+    content = _dict(choice.get("logprobs")).get("content")
+    if content is None:
+        return None
+    return [_dict(token).get("logprob", float("nan")) for token in _list(content)]
+
+
+def _versions(choice: Json) -> list[list[Any]]:
+    """[[version, start, end], …] over the response tokens."""
+    parts = _dicts(choice.get("weight_versions"))
+    return [
+        [str(part["version"]), int(part["start"]), int(part["end"])] for part in parts if _VERSION_FIELDS <= part.keys()
+    ]
+
+
+_VERSION_FIELDS = {"version", "start", "end"}
+
+
+def _list(value: object) -> list[Any]:
+    return cast(list[Any], value) if isinstance(value, list) else []
+
+
+def _dicts(value: object) -> list[Json]:
+    return [cast(Json, item) for item in _list(value) if isinstance(item, dict)]
+
+
+def _dict(value: object) -> Json:
+    return cast(Json, value) if isinstance(value, dict) else {}
+
+
+def _number(value: object, default: float) -> float:
+    return float(value) if isinstance(value, int | float) else default

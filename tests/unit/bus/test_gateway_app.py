@@ -1,0 +1,568 @@
+"""The gateway between the official `openai` client and an engine, over real sockets.
+
+The engine is a stub that answers as vLLM does; the bus is a stub that keeps spans in a list and can refuse them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lightning_bus import spans as s
+from lightning_bus import tokens
+from lightning_bus.broker.server import serve_broker
+from lightning_bus.client import Client
+from lightning_bus.config import BrokerSection, GatewaySection
+from lightning_bus.errors import BrokenError, CallError, FencedError
+from lightning_bus.gateway.app import build_app, serve_gateway
+from lightning_bus.gateway.recording import root_of_attempt
+from lightning_bus.spans import Span, model_call
+
+SECRET = b"s" * 32
+PROMPT_IDS = [1, 2, 3, 4]
+RESPONSE_IDS = [7, 8, 9]
+LOGPROBS = [-0.5, -0.25, -1.5]
+QUESTION: list[Any] = [{"role": "user", "content": "2 + 2?"}]
+
+
+@dataclass
+class Engine:
+    """A stub engine: keeps what it was asked, answers as it is told."""
+
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    refusals: list[Response] = field(default_factory=list)  # given first, in turn
+    edit: Callable[[dict[str, Any]], None] = lambda body: None
+    stream_ends: threading.Event = field(default_factory=threading.Event)  # closed streams set it
+    stream_goes_on: threading.Event | None = None  # the stream waits for it after its first token
+    stream_breaks: bool = False
+
+    def app(self) -> Starlette:
+        async def models(request: Request) -> Response:
+            return JSONResponse({"object": "list", "data": [{"id": "policy", "object": "model"}]})
+
+        async def health(request: Request) -> Response:
+            return Response()
+
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/models", models),
+                Route("/health", health),
+            ]
+        )
+
+    async def chat(self, request: Request) -> Response:
+        body = await request.json()
+        self.requests.append(body)
+        if self.refusals:
+            return self.refusals.pop(0)
+        if body["stream"]:
+            return StreamingResponse(self.chunks(body), media_type="text/event-stream")
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": f"answer {index}"},
+                "finish_reason": "stop",
+                "token_ids": RESPONSE_IDS,
+                "logprobs": {"content": [_token(logprob) for logprob in LOGPROBS]},
+                "weight_versions": [{"version": "3", "start": 0, "end": 3}],
+            }
+            for index in range(body.get("n", 1))
+        ]
+        answer = {
+            "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"],
+            "prompt_token_ids": PROMPT_IDS, "choices": choices,
+            "usage": {"prompt_tokens": 4, "completion_tokens": 3 * len(choices), "total_tokens": 4 + 3 * len(choices)},
+        }  # fmt: skip
+        self.edit(answer)
+        return JSONResponse(answer)
+
+    async def chunks(self, body: dict[str, Any]) -> Any:
+        def chunk(choice: dict[str, Any] | None, **more: Any) -> str:
+            choices = [] if choice is None else [{"index": 0, "finish_reason": None, **choice}]
+            shape = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "policy", "choices": choices}
+            return f"data: {json.dumps({**shape, **more})}\n\n"
+
+        def token(i: int, **more: Any) -> dict[str, Any]:
+            content = {"content": [_token(LOGPROBS[i])]}
+            return {"delta": {"content": f"t{i} "}, "token_ids": [RESPONSE_IDS[i]], "logprobs": content, **more}
+
+        try:
+            yield chunk({"delta": {"role": "assistant", "content": ""}}, prompt_token_ids=PROMPT_IDS)
+            yield chunk(token(0))
+            if self.stream_goes_on is not None:
+                while not self.stream_goes_on.is_set():
+                    await anyio.sleep(0.005)
+                    yield ": still here\n\n"
+            yield chunk(token(1))
+            if self.stream_breaks:
+                return
+            yield chunk(token(2, finish_reason="stop", weight_versions=[{"version": "3", "start": 0, "end": 3}]))
+            yield chunk(None, usage={"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7})
+            yield "data: [DONE]\n\n"
+        finally:
+            self.stream_ends.set()
+
+
+def _token(logprob: float) -> dict[str, Any]:
+    return {"token": "t", "logprob": logprob, "bytes": [116], "top_logprobs": []}
+
+
+@dataclass
+class Bus:
+    """A stub bus: keeps spans, or raises what it is told to."""
+
+    appended: list[tuple[str, int, list[Span]]] = field(default_factory=list)
+    error: Exception | None = None
+    appending: threading.Event = field(default_factory=threading.Event)
+    may_append: threading.Event | None = None
+
+    async def append(self, rollout_id: str, attempt: int, spans: Sequence[Span]) -> None:
+        self.appending.set()
+        if self.may_append is not None:
+            await anyio.to_thread.run_sync(self.may_append.wait)
+        if self.error is not None:
+            raise self.error
+        self.appended.append((rollout_id, attempt, list(spans)))
+
+    async def status(self) -> object:
+        if self.error is not None:
+            raise self.error
+        return None
+
+    @property
+    def spans(self) -> list[Span]:
+        return [span for _, _, spans in self.appended for span in spans]
+
+
+@contextmanager
+def serving(app: Starlette, listener: socket.socket | None = None) -> Iterator[str]:
+    """Serve `app` in a thread; yields its URL."""
+    listener = listener or _listener()
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def _listener() -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(64)  # from now on connecting succeeds, whenever the server is ready to accept
+    return listener
+
+
+@dataclass
+class World:
+    engine: Engine
+    bus: Bus
+    url: str
+
+    def client(self, claims: tokens.Claims | None = None, **options: Any) -> openai.OpenAI:
+        claims = claims or tokens.Claims("r-1", 2)
+        base_url = f"{self.url}/rollout/{claims.rollout_id}/attempt/{claims.attempt}/v1"
+        client = openai.OpenAI(base_url=base_url, api_key=tokens.mint(SECRET, claims), **{"max_retries": 0, **options})
+        self.closing.callback(client.close)
+        return client
+
+    closing: ExitStack = field(default_factory=ExitStack)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    engine, bus = Engine(), Bus()
+    with ExitStack() as stack:
+        upstream = stack.enter_context(serving(engine.app()))
+        section = GatewaySection(upstreams=[upstream], admission_wait_s=5.0, request_limit_s=5.0, body_bytes_max=10_000)
+        world = World(engine, bus, stack.enter_context(serving(build_app(bus, section=section, secret=SECRET))))
+        stack.push(world.closing)
+        yield world
+
+
+def test_a_call_is_recorded_exactly_and_the_agent_sees_what_it_asked_for(world: World) -> None:
+    completion = world.client().chat.completions.create(
+        model="policy", messages=QUESTION, max_tokens=48, temperature=0.5
+    )
+
+    assert completion.choices[0].message.content == "answer 0"
+    assert completion.choices[0].logprobs is None
+    assert not {"prompt_token_ids", "token_ids", "weight_versions"} & set(json.loads(completion.to_json()))
+    assert "token_ids" not in completion.choices[0].to_dict()
+
+    [(rollout_id, attempt, [span])] = world.bus.appended
+    call = model_call(span)
+    assert (rollout_id, attempt, span.rollout_id, span.attempt) == ("r-1", 2, "r-1", 2)
+    assert (span.trace_id, span.parent_id) == root_of_attempt("r-1", 2)
+    assert call.untrainable == ""
+    assert call.prompt_ids_P.tolist() == PROMPT_IDS
+    assert call.response_ids_R.tolist() == RESPONSE_IDS
+    assert call.logprobs_R.tolist() == np.float32(LOGPROBS).tolist()
+    assert call.weight_versions == [("3", 0, 3)]
+    assert call.temperature == 0.5
+    expected = {
+        s.OPERATION: "chat", s.REQUEST_MODEL: "policy", s.TEMPERATURE: 0.5, s.TOP_P: 1.0, s.MAX_TOKENS: 48,
+        s.INPUT_TOKENS: 4, s.OUTPUT_TOKENS: 3, s.FINISH_REASONS: ["stop"],
+    }  # fmt: skip
+    assert expected.items() <= {k: v for k, v in span.attributes.items() if k in expected}.items()
+    assert json.loads(span.attributes[s.RESPONSE_BODY]) == {"role": "assistant", "content": "answer 0"}
+    assert json.loads(span.attributes[s.REQUEST_BODY]) == world.engine.requests[0]
+    assert span.start_ns < span.end_ns
+
+
+def test_the_engine_is_asked_for_ids_log_probs_and_an_explicit_distribution(world: World) -> None:
+    client = world.client()
+    client.chat.completions.create(model="policy", messages=QUESTION)
+    client.chat.completions.create(model="policy", messages=QUESTION)
+
+    first, second = world.engine.requests
+    assert (first["return_token_ids"], first["logprobs"], first["temperature"], first["top_p"]) == (
+        True,
+        True,
+        1.0,
+        1.0,
+    )
+    assert "cache_salt" not in first  # nothing is known of the engine's weights yet
+    assert second["cache_salt"] == "3"
+
+
+def test_what_the_agent_asked_for_is_not_taken_away(world: World) -> None:
+    completion = world.client().chat.completions.create(
+        model="policy", messages=QUESTION, logprobs=True, extra_body={"return_token_ids": True}
+    )
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert [token.logprob for token in logprobs.content] == LOGPROBS
+    assert completion.to_dict()["prompt_token_ids"] == PROMPT_IDS
+
+
+def test_each_choice_is_a_span_of_its_own(world: World) -> None:
+    completion = world.client().chat.completions.create(model="policy", messages=QUESTION, n=3)
+    assert len(completion.choices) == 3
+    [(_, _, spans)] = world.bus.appended
+    assert [json.loads(span.attributes[s.RESPONSE_BODY])["content"] for span in spans] == [
+        "answer 0",
+        "answer 1",
+        "answer 2",
+    ]
+    assert len({span.span_id for span in spans}) == 3
+    assert all(model_call(span).untrainable == "" for span in spans)
+
+
+def test_the_rollouts_model_and_overrides_win(world: World) -> None:
+    claims = tokens.Claims("r-1", 1, model="teacher", overrides={"temperature": 0.25, "seed": 7})
+    world.client(claims).chat.completions.create(model="gpt-4o", messages=QUESTION, temperature=1.0)
+    assert (world.engine.requests[0]["model"], world.engine.requests[0]["seed"]) == ("teacher", 7)
+    assert world.bus.spans[0].attributes[s.TEMPERATURE] == 0.25
+
+
+def test_ids_and_log_probs_that_are_missing_make_a_call_untrainable(world: World) -> None:
+    def no_ids(body: dict[str, Any]) -> None:
+        del body["choices"][0]["token_ids"]
+
+    def no_logprobs(body: dict[str, Any]) -> None:
+        body["choices"][0]["logprobs"] = None
+
+    def swallowed(body: dict[str, Any]) -> None:
+        body["usage"]["completion_tokens"] = 5
+
+    for edit in (no_ids, no_logprobs, swallowed):
+        world.engine.edit = edit
+        world.client().chat.completions.create(model="policy", messages=QUESTION)
+    assert [span.attributes[s.UNTRAINABLE] for span in world.bus.spans] == [
+        "token ids missing",
+        "log-probs missing",
+        "token ids missing: the engine counted more tokens than it gave",
+    ]
+
+
+def test_a_stream_passes_through_and_is_recorded_whole(world: World) -> None:
+    client = world.client()
+    chunks = list(client.chat.completions.create(model="policy", messages=QUESTION, stream=True))
+
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "t0 t1 t2 "
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert all(not {"token_ids", "prompt_token_ids", "weight_versions"} & set(json.dumps(c.to_dict())) for c in chunks)
+    [span] = world.bus.spans
+    call = model_call(span)
+    assert call.untrainable == ""
+    assert (call.prompt_ids_P.tolist(), call.response_ids_R.tolist()) == (PROMPT_IDS, RESPONSE_IDS)
+    assert call.logprobs_R.tolist() == np.float32(LOGPROBS).tolist()
+    assert call.weight_versions == [("3", 0, 3)]
+    assert json.loads(span.attributes[s.RESPONSE_BODY]) == {"role": "assistant", "content": "t0 t1 t2 "}
+    assert 0 < span.attributes[s.FIRST_TOKEN_MS] < 5000
+
+
+def test_the_usage_chunk_is_there_only_for_those_who_asked(world: World) -> None:
+    create = world.client().chat.completions.create
+    without = list(create(model="policy", messages=QUESTION, stream=True))
+    asked = list(create(model="policy", messages=QUESTION, stream=True, stream_options={"include_usage": True}))
+    assert all(chunk.usage is None for chunk in without)
+    assert asked[-1].usage is not None and asked[-1].usage.completion_tokens == 3
+
+
+def test_the_end_of_a_stream_waits_for_the_disk_and_its_beginning_does_not(world: World) -> None:
+    world.bus.may_append = threading.Event()
+    stream = iter(world.client().chat.completions.create(model="policy", messages=QUESTION, stream=True))
+    seen = [next(stream), next(stream), next(stream)]
+    assert world.bus.appending.wait(5)
+    assert world.bus.appended == [] and all(chunk.choices[0].finish_reason is None for chunk in seen)
+    world.bus.may_append.set()
+    assert [chunk.choices[0].finish_reason for chunk in stream] == ["stop"]
+    assert len(world.bus.spans) == 1
+
+
+def test_an_agent_that_leaves_a_stream_stops_the_engine_and_leaves_an_untrainable_call(world: World) -> None:
+    world.engine.stream_goes_on = threading.Event()
+    stream = world.client().chat.completions.create(model="policy", messages=QUESTION, stream=True)
+    next(iter(stream))
+    stream.close()
+    assert world.engine.stream_ends.wait(5)
+    _wait(lambda: bool(world.bus.spans))
+    [span] = world.bus.spans
+    assert span.attributes[s.UNTRAINABLE] == "client went away"
+    assert model_call(span).response_ids_R.tolist() == RESPONSE_IDS[:1]
+
+
+def test_an_engine_that_breaks_off_a_stream_is_an_error_to_the_agent(world: World) -> None:
+    world.engine.stream_breaks = True
+    with pytest.raises(openai.APIError, match="before the answer was finished"):
+        list(world.client().chat.completions.create(model="policy", messages=QUESTION, stream=True))
+    assert world.bus.spans[0].attributes[s.UNTRAINABLE] == "the engine broke off"
+
+
+def test_an_attempt_that_is_over_is_told_409_once(world: World) -> None:
+    world.bus.error = FencedError("rollout r-1 attempt 2 was given to another worker.")
+    with pytest.raises(openai.ConflictError, match="attempt is over"):
+        world.client(max_retries=5).chat.completions.create(model="policy", messages=QUESTION)
+    assert len(world.engine.requests) == 1  # the SDK was told that trying again is in vain
+    with pytest.raises(openai.APIError, match="attempt is over"):
+        list(world.client().chat.completions.create(model="policy", messages=QUESTION, stream=True))
+
+
+def test_a_bus_that_is_away_is_told_503_and_the_sdks_retry_is_marked(world: World) -> None:
+    world.bus.error = BrokenError("the broker did not answer within 5 s")
+    with pytest.raises(openai.InternalServerError, match="did not answer") as caught:
+        world.client().chat.completions.create(model="policy", messages=QUESTION)
+    assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "1")
+
+    world.bus.error = None
+    world.client().chat.completions.create(
+        model="policy", messages=QUESTION, extra_headers={"x-stainless-retry-count": "1"}
+    )
+    assert world.bus.spans[0].attributes[s.RETRY_COUNT] == 1
+
+
+@pytest.mark.parametrize(
+    ("claims", "secret"),
+    [
+        (tokens.Claims("r-1", 1), SECRET),
+        (tokens.Claims("r-9", 2), SECRET),
+        (tokens.Claims("r-1", 2), b"x" * 32),
+    ],
+)
+def test_a_key_opens_only_its_own_attempt(world: World, claims: tokens.Claims, secret: bytes) -> None:
+    client = world.client().with_options(api_key=tokens.mint(secret, claims))
+    with pytest.raises(openai.AuthenticationError) as caught:
+        client.chat.completions.create(model="policy", messages=QUESTION)
+    assert caught.value.code == "invalid_api_key"
+    assert world.engine.requests == []
+
+
+def test_calls_without_a_rollout_are_recorded_under_none(world: World) -> None:
+    client = world.client().with_options(base_url=f"{world.url}/v1", api_key="anything")
+    client.chat.completions.create(model="policy", messages=QUESTION)
+    assert [(rollout_id, attempt) for rollout_id, attempt, _ in world.bus.appended] == [("", 0)]
+    assert [model.id for model in client.models.list()] == ["policy"]
+
+
+def test_a_parent_span_of_the_agents_own_is_kept(world: World) -> None:
+    header = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+    world.client().chat.completions.create(model="policy", messages=QUESTION, extra_headers=header)
+    assert (world.bus.spans[0].trace_id, world.bus.spans[0].parent_id) == (b"\xab" * 16, b"\xcd" * 8)
+
+
+def test_bad_requests_are_refused_in_openais_shape(world: World) -> None:
+    url = f"{world.url}/rollout/r-1/attempt/2/v1/chat/completions"
+    key = {"authorization": f"Bearer {tokens.mint(SECRET, tokens.Claims('r-1', 2))}"}
+    json_type = {**key, "content-type": "application/json"}
+    answers = [
+        httpx.post(url, headers=json_type, content=b"{"),
+        httpx.post(url, headers=json_type, content=b"[1]"),
+        httpx.post(url, headers={**key, "content-type": "text/plain"}, content=b"{}"),
+        httpx.post(url, headers=json_type, content=b'"' + b"x" * 20_000 + b'"'),
+        httpx.post(url, headers=json_type, content=iter([b"x" * 9_000, b"x" * 9_000])),
+        httpx.get(url, headers=key),
+        httpx.post(f"{world.url}/v1/nothing", headers=key),
+    ]
+    assert [answer.status_code for answer in answers] == [400, 400, 415, 413, 413, 405, 404]
+    assert all({"message", "type", "param", "code"} == set(answer.json()["error"]) for answer in answers)
+    assert world.engine.requests == []
+
+
+def test_an_engines_refusal_reaches_the_agent_and_the_log(world: World) -> None:
+    error = {"message": "too long", "type": "BadRequestError", "param": None, "code": 400}
+    world.engine.refusals = [JSONResponse({"error": error}, 400)]
+    with pytest.raises(openai.BadRequestError, match="too long"):
+        world.client().chat.completions.create(model="policy", messages=QUESTION)
+    [span] = world.bus.spans
+    assert span.attributes[s.UNTRAINABLE] == "no answer" and "400" in span.error
+
+
+def test_an_engine_that_swaps_its_weights_is_only_latency(world: World) -> None:
+    world.engine.refusals = [Response("swapping", 503), Response("swapping", 503)]
+    world.client().chat.completions.create(model="policy", messages=QUESTION)
+    assert len(world.engine.requests) == 3
+    assert len(world.bus.spans) == 1
+
+
+def test_an_engine_that_starts_late_is_only_latency() -> None:
+    engine, bus, listener = Engine(), Bus(), _listener()
+    address = listener.getsockname()
+    listener.close()
+    section = GatewaySection(upstreams=["http://{}:{}".format(*address)], admission_wait_s=20.0)
+    with serving(build_app(bus, section=section, secret=SECRET)) as url, ExitStack() as stack:
+        answers: list[str | None] = []
+
+        def ask() -> None:
+            client = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
+            completion = client.chat.completions.create(model="policy", messages=QUESTION)
+            answers.append(completion.choices[0].message.content)
+
+        assert httpx.get(f"{url}/health").status_code == 503
+        asking = threading.Thread(target=ask)
+        asking.start()
+        again = socket.socket()
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(address)
+        again.listen(8)
+        with serving(engine.app(), again):
+            asking.join()
+            assert httpx.get(f"{url}/health").json()["status"] == "ok"
+    assert answers == ["answer 0"]
+
+
+def test_an_engine_that_stays_away_is_told_503_with_the_way_out() -> None:
+    listener = _listener()
+    port = listener.getsockname()[1]
+    listener.close()
+    section = GatewaySection(upstreams=[f"http://127.0.0.1:{port}"], admission_wait_s=0.1)
+    bus = Bus()
+    with serving(build_app(bus, section=section, secret=SECRET)) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "admission_wait_s" in answer.json()["error"]["message"]
+    assert bus.spans[0].attributes[s.UNTRAINABLE] == "no answer"
+
+
+def test_an_engine_that_is_too_slow_is_told_504() -> None:
+    listener = _listener()  # accepts, and never answers
+    section = GatewaySection(upstreams=[f"http://127.0.0.1:{listener.getsockname()[1]}"], request_limit_s=0.1)
+    with serving(build_app(Bus(), section=section, secret=SECRET)) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION})
+    listener.close()
+    assert answer.status_code == 504
+    assert "request_limit_s" in answer.json()["error"]["message"]
+
+
+def test_a_skewed_distribution_is_recorded_and_warned_of_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "lightning_bus.gateway"):
+        for _ in range(2):
+            world.client().chat.completions.create(model="policy", messages=QUESTION, top_p=0.5)
+    assert [record.message.startswith("an agent samples with top_p=0.5") for record in caplog.records] == [True]
+    assert world.bus.spans[0].attributes[s.TOP_P] == 0.5
+    assert model_call(world.bus.spans[0]).untrainable == ""
+
+
+@pytest.mark.anyio
+async def test_a_port_in_use_says_so_and_the_way_out() -> None:
+    listener = _listener()
+    section = GatewaySection(bind=f"127.0.0.1:{listener.getsockname()[1]}")
+    with pytest.raises(CallError, match=r"is in use by another process\. Stop that one, or change gateway\.bind"):
+        await serve_gateway(section, bus_address="tcp://127.0.0.1:1", secret=SECRET)
+    listener.close()
+
+
+@pytest.mark.anyio
+async def test_a_call_in_flight_outlives_the_order_to_stop_and_is_in_the_log(tmp_path: Path) -> None:
+    engine = Engine(stream_goes_on=threading.Event())
+    at: dict[str, str] = {}
+    broker_up, gateway_up = anyio.Event(), anyio.Event()
+
+    def note(name: str, event: anyio.Event) -> Callable[[str], None]:
+        def started(address: str) -> None:
+            at[name] = address
+            event.set()
+
+        return started
+
+    stopping = anyio.Event()
+
+    async def run_gateway(upstream: str) -> None:
+        section = GatewaySection(bind="127.0.0.1:0", upstreams=[upstream])
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+
+                async def stop() -> None:
+                    await stopping.wait()
+                    scope.cancel()
+
+                tasks.start_soon(stop)
+                await serve_gateway(section, bus_address=at["bus"], secret=SECRET, started=note("gateway", gateway_up))
+
+    with serving(engine.app()) as upstream:
+        async with anyio.create_task_group() as tasks:
+            broker = BrokerSection(bind="tcp://127.0.0.1:*")
+            tasks.start_soon(partial(serve_broker, broker, tmp_path, SECRET, started=note("bus", broker_up)))
+            await broker_up.wait()
+            tasks.start_soon(run_gateway, upstream)
+            await gateway_up.wait()
+            request = {"model": "policy", "messages": QUESTION, "stream": True}
+            async with (
+                Client(at["bus"]) as bus,
+                httpx.AsyncClient() as http,
+                http.stream("POST", at["gateway"] + "/v1/chat/completions", json=request) as answer,
+            ):
+                lines = answer.aiter_lines()
+                await anext(lines)
+                stopping.set()
+                engine.stream_goes_on.set()
+                rest = [line async for line in lines]
+                [record], _, _ = await bus.fetch(0)
+            tasks.cancel_scope.cancel()
+    assert rest[-2:] == ["data: [DONE]", ""]
+    [span] = s.decode_spans(record.body)
+    assert model_call(span).untrainable == ""
+
+
+def _wait(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+    until = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.005)

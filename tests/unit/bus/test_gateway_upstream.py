@@ -1,0 +1,125 @@
+"""Several engines behind one gateway: who answers whom, and what a dead one costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+from anyio.abc import SocketAttribute, SocketStream
+
+from lightning_bus.errors import BrokenError, BusyError, ConfigError
+from lightning_bus.gateway.upstream import Upstreams
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def engine(answer: bytes = b"", *, port: int = 0, answers_per_connection: int = 1000) -> AsyncGenerator[str]:
+    """A server that gives `answer` (by default its own port) to whatever it is asked; yields its URL."""
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=port)
+    port = listener.extra(SocketAttribute.local_port)
+    body = answer or b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%d" % (len(str(port)), port)
+
+    async def serve(stream: SocketStream) -> None:
+        async with stream:
+            try:
+                for _ in range(answers_per_connection):
+                    await stream.receive()
+                    await stream.send(body)
+            except (anyio.EndOfStream, anyio.BrokenResourceError):
+                pass
+
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, serve)
+        yield f"http://127.0.0.1:{port}"
+        tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def upstreams(
+    *urls: str, admission_wait_s: float = 5.0, request_limit_s: float = 5.0
+) -> AsyncGenerator[Upstreams]:
+    opened = Upstreams(urls, admission_wait_s=admission_wait_s, request_limit_s=request_limit_s)
+    try:
+        yield opened
+    finally:
+        await opened.aclose()
+
+
+async def test_a_rollout_stays_with_its_engine_and_rollouts_spread() -> None:
+    async with engine() as one, engine() as two, upstreams(one, two) as both:
+        chosen = {key: (await both.call(key, "GET", "/")).body for key in map(str, range(40))}
+        again = {key: (await both.call(key, "GET", "/")).body for key in map(str, range(40))}
+    assert chosen == again
+    assert min(Counter(chosen.values()).values()) >= 8
+
+
+async def test_a_dead_engines_rollouts_go_to_the_other_and_come_back() -> None:
+    async with engine() as one:
+        async with engine() as two, upstreams(one, two) as both:
+            keys = [key for key in map(str, range(40)) if both.engine_of(key).url == two]
+            port = int(two.rpartition(":")[2])
+        # `two` is gone now, its connections included.
+        async with upstreams(one, two) as both:
+            assert {(await both.call(key, "GET", "/")).engine.url for key in keys} == {one}
+            async with engine(port=port):
+                for known in both.engines:
+                    known.down_until_s = 0.0
+                assert {(await both.call(key, "GET", "/")).engine.url for key in keys} == {two}
+
+
+async def test_a_kept_connection_that_the_engine_closed_is_not_an_engine_that_is_down() -> None:
+    async with engine(answers_per_connection=1) as url, upstreams(url, admission_wait_s=0.0) as one:
+        for _ in range(3):
+            assert (await one.call("r", "GET", "/")).status == 200
+
+
+async def test_connections_are_used_again() -> None:
+    async with engine() as url, upstreams(url) as one:
+        for _ in range(3):
+            await one.call("r", "GET", "/")
+        assert len(one.engines[0].idle) == 1
+
+
+async def test_an_engine_that_breaks_off_its_answer_is_asked_again() -> None:
+    async with engine(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf", answers_per_connection=1) as url:
+        async with upstreams(url, admission_wait_s=0.1) as one:
+            with pytest.raises(BusyError, match="took no call within 0.1 s"):
+                await one.call("r", "GET", "/")
+
+
+async def test_a_stream_ends_or_breaks() -> None:
+    whole = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n"
+    async with engine(whole) as url, upstreams(url) as one:
+        answer = await one.call("r", "POST", "/", stream=True)
+        assert (await answer.chunk(), await answer.chunk()) == (b"ab", None)
+        await answer.close()
+        assert len(one.engines[0].idle) == 1
+    async with engine(whole[:-5], answers_per_connection=1) as url, upstreams(url) as one:
+        answer = await one.call("r", "POST", "/", stream=True)
+        assert await answer.chunk() == b"ab"
+        with pytest.raises(BrokenError, match="broke off in the middle"):
+            await answer.chunk()
+        await answer.close()
+        assert one.engines[0].idle == []
+
+
+async def test_a_stream_that_stalls_is_given_up() -> None:
+    half = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n"
+    async with engine(half) as url, upstreams(url, request_limit_s=0.2) as one:
+        answer = await one.call("r", "POST", "/", stream=True)
+        assert await answer.chunk() == b"ab"
+        with pytest.raises(BrokenError, match=r"did not finish the call within 0\.2 s"):
+            await answer.chunk()
+        await answer.close()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:4752", "ftp://127.0.0.1", "http://"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="is not an address"):
+        Upstreams([url], admission_wait_s=1, request_limit_s=1)
+    with pytest.raises(ConfigError, match="is empty"):
+        Upstreams([], admission_wait_s=1, request_limit_s=1)
