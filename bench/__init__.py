@@ -1,0 +1,1 @@
+"""One module a question; each prints one JSON object as its last line."""
