@@ -1,0 +1,71 @@
+"""Supervised start: a teacher's rollouts go through the bus like any others, and the policy imitates what was recorded.
+
+    submit rollouts that call the teacher → wait → rows from their spans → epochs of cross-entropy → version 1
+
+All recorded rollouts are imitated, the wrong ones too: a teacher's mistakes are its own, and reward comes later. The
+order of the rows depends on the seed and the epoch alone, so an interrupted epoch is run again as it was.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import anyio.lowlevel
+
+from lightning_bus.adapters import Row
+from trainer.data.batch import pack_rows
+from trainer.data.filters import drop_failed, drop_unscored
+from trainer.data.stream import TEACHER, RolloutStream, scored, submission
+from trainer.optimize import losses
+from trainer.optimize.optimizer import Optimizer
+from trainer.optimize.step import StepMetrics, train_step
+from trainer.session import Session, step_line, trained_record
+
+
+async def imitate(session: Session, stream: RolloutStream, tasks: Sequence[Any]) -> None:
+    """Train on the teacher's rollouts over `tasks` and publish the result as the next version."""
+    config, progress = session.train.sft, session.progress
+    rows = await record_teacher(session, stream, tasks[: config.rollouts])
+    optimizer = Optimizer(
+        session.model, lr=config.lr, weight_decay=config.weight_decay, warmup_updates=config.warmup_updates
+    )
+    if progress.phase != "sft":
+        progress.phase, progress.step = "sft", 0
+    session.restore_optimizer(optimizer)
+    while progress.step < config.epochs:
+        order = random.Random(f"sft {session.run.run.seed} {progress.step}").sample(rows, len(rows))
+        steps: list[StepMetrics] = []
+        for start in range(0, len(order), config.batch_rollouts):
+            batch = order[start : start + config.batch_rollouts]
+            packs = pack_rows(batch, [1.0] * len(batch), token_budget=session.train.token_budget, temperature=1.0)
+            steps.append(train_step(session.model, optimizer, packs, losses.sft))
+            await anyio.lowlevel.checkpoint()  # the bus wants a word now and then
+        progress.step += 1
+        session.metrics.write(session.note("sft", **step_line(steps[-1])))
+        session.checkpoint(optimizer)
+    progress.parent, progress.version = progress.version, progress.version + 1
+    progress.trained = trained_record(rows)
+    progress.line = {}
+    progress.stream = stream.saved_state()
+    progress.phase, progress.step = "rl", 0
+    session.checkpoint(optimizer)
+    await session.publish()
+
+
+async def record_teacher(session: Session, stream: RolloutStream, tasks: Sequence[Any]) -> list[Row]:
+    """Have the workers carry out `tasks` with the teacher as the model, and return the rows of what was recorded."""
+    teacher = session.train.sft.teacher
+    submissions = [submission(f"teacher-{i:05d}", task, TEACHER, model=teacher) for i, task in enumerate(tasks)]
+    await session.bus.submit(submissions)
+    ended = await stream.wait_ended([one.rollout_id for one in submissions])
+    rollouts, _, dropped = scored(ended)
+    kept = drop_failed(rollouts)
+    rows = drop_unscored([row for rollout in kept.items for row in rollout.rows])
+    reward_mean = sum(rollout.reward or 0.0 for rollout in kept.items) / max(1, len(kept.items))
+    drops = {**dropped, **kept.dropped, **rows.dropped}
+    session.metrics.write(
+        session.note("teacher", reward_mean=reward_mean, rollouts=len(ended), rows=len(rows.items), dropped=drops)
+    )
+    return rows.items

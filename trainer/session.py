@@ -1,0 +1,206 @@
+"""A training run in progress: the policy, what it has learnt from, and where its weights are.
+
+    learn → checkpoint → publish the version on the bus → push to the engines
+
+Always in this order, so that a version that anyone has seen can be reproduced: a trainer that dies anywhere in it
+comes back with the last checkpoint, publishes it again (the same bytes, so a no-op) and pushes it again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+import torch
+from transformers import PreTrainedModel
+
+from lightning_bus import (
+    POLICY_WEIGHTS,
+    BrokenError,
+    Client,
+    Resource,
+    RunFile,
+    TrainedRollout,
+    WeightVersion,
+    monotonic_s,
+    wall_ns,
+)
+from lightning_bus.adapters import Row
+from trainer.config import PolicySection, TrainSection
+from trainer.metrics import MetricsFile
+from trainer.optimize import checkpoint
+from trainer.optimize.optimizer import Optimizer
+from trainer.optimize.step import StepMetrics
+from trainer.policy.model import load_policy, load_tokenizer, named_weights, save_policy
+from trainer.serving.errors import WeightUpdateError
+from trainer.serving.weights import WeightPush, WeightSlots, shm_directory
+
+log = logging.getLogger(__name__)
+
+ENGINE_LIMIT_S = 180.0  # an engine that restarts and loads a model is back well within this
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint keeps beside weights and optimiser. Plain values, so msgpack can say it."""
+
+    phase: str = "init"  # init → sft → rl → done
+    version: int = 0
+    parent: int | None = None
+    step: int = 0  # of the phase
+    submitted_groups: int = 0
+    consumed_groups: int = 0
+    stream: dict[str, Any] = field(default_factory=lambda: {"offset": 0, "consumed": {}})
+    evals: dict[str, float] = field(default_factory=dict[str, float])  # version → held-out success
+    rewards: list[float] = field(default_factory=list[float])  # mean reward of each step
+    trained: list[Any] = field(default_factory=list[Any])  # what this version learnt from
+    line: dict[str, Any] = field(default_factory=dict[str, Any])  # its line in metrics.jsonl
+    started_ns: int = 0
+    checkpoints: int = 0  # saved so far; the newest has the highest number
+
+
+class Session:
+    """Everything the algorithms share. Make one with `Session.open`."""
+
+    def __init__(self, run: RunFile, bus: Client, http: httpx.AsyncClient, engine_urls: Sequence[str]) -> None:
+        self.run = run
+        self.train = run.section(TrainSection)
+        self.policy = run.section(PolicySection)
+        self.bus = bus
+        self.directory = run.directory
+        self.checkpoints = self.directory / "checkpoints"
+        self.metrics = MetricsFile(self.directory / "metrics.jsonl")
+        self.progress = Progress(started_ns=wall_ns())
+        self.model: PreTrainedModel = load_policy(self.directory / "policy")
+        self._http = http
+        self._engine_urls = list(engine_urls)
+        # One run, one pair of files: named after the run's directory, so that a resumed trainer takes them over.
+        self._slots = WeightSlots(shm_directory(), f"lightning-bus-{_name_of(self.directory)}")
+
+    def resume(self) -> checkpoint.Checkpoint | None:
+        """Take over progress from the newest checkpoint, if there is one. Weights follow with `make_optimizer`."""
+        path = checkpoint.latest(self.checkpoints)
+        if path is None:
+            return None
+        optimizer = Optimizer(self.model, lr=1.0)
+        found = checkpoint.load(path, self.model, optimizer)
+        self.progress = msgspec.convert(found.extra, Progress)
+        log.info(
+            "resumed from %s: phase %s, step %s, version %s",
+            path.name,
+            self.progress.phase,
+            self.progress.step,
+            self.progress.version,
+        )
+        return found
+
+    def restore_optimizer(self, optimizer: Optimizer) -> None:
+        """Give an optimiser its state back, if the newest checkpoint was made in the middle of its phase."""
+        path = checkpoint.latest(self.checkpoints)
+        if path is not None and self.progress.step > 0:
+            checkpoint.load(path, self.model, optimizer)
+
+    def checkpoint(self, optimizer: Optimizer) -> None:
+        """Make model, optimiser and progress durable."""
+        self.progress.checkpoints += 1
+        extra = msgspec.to_builtins(self.progress)
+        checkpoint.save(
+            self.checkpoints, self.progress.checkpoints, self.model, optimizer, extra, keep=self.train.keep_checkpoints
+        )
+
+    async def publish(self) -> None:
+        """Make the checkpointed weights the ones that engines serve, under their version, and say so on the bus."""
+        progress = self.progress
+        file = self._slots.write(dict(named_weights(self.model)))
+        version = WeightVersion(
+            version=progress.version,
+            parent=progress.parent,
+            phase=progress.phase,
+            step=progress.step,
+            path=str(file.path),
+            checksum=file.checksum,
+            trained=msgspec.convert(progress.trained, list[TrainedRollout], strict=False),
+            metrics={key: float(value) for key, value in progress.line.items() if isinstance(value, (int, float))},
+        )
+        known = await self.bus.get(POLICY_WEIGHTS, progress.version)
+        if known is None:
+            await self.bus.put(Resource(POLICY_WEIGHTS, progress.version, msgspec.msgpack.encode(version)))
+        for url in self._engine_urls:
+            await self._push(url, file, str(progress.version))
+
+    def note(self, phase: str, **values: Any) -> dict[str, Any]:
+        """Return a line for metrics.jsonl."""
+        seconds = (wall_ns() - self.progress.started_ns) / 1e9
+        return {
+            "phase": phase,
+            "step": self.progress.step,
+            "version": self.progress.version,
+            "wall_s": seconds,
+            **values,
+        }
+
+    def export(self) -> Path:
+        """Write the policy as a directory that `lightning-bus serve` and any Hugging Face loader take."""
+        target = self.directory / "checkpoint"
+        save_policy(self.model, load_tokenizer(self.directory / "policy"), target)
+        return target
+
+    def close(self) -> None:
+        """Let go of shared memory. Only when the run is over: an engine that restarts reads its weights there."""
+        self._slots.unlink()
+
+    async def _push(self, url: str, file: Any, version: str) -> None:
+        """Push until the engine serves this version. An engine that dies meanwhile is restarted by its supervisor."""
+        push = WeightPush(self._http, url)
+        until_s = monotonic_s() + ENGINE_LIMIT_S
+        reason = ""
+        while monotonic_s() < until_s:
+            try:
+                await push.wait_healthy(max(1.0, until_s - monotonic_s()))
+                times = await push.push(file, version)
+                self.progress.line.update(
+                    {"push_s": times.seconds, "standstill_ms": times.standstill_ms} if self.progress.line else {}
+                )
+                return
+            except (WeightUpdateError, TimeoutError, httpx.HTTPError) as exc:
+                reason = str(exc)
+                log.warning("%s; trying again", reason)
+                await anyio.sleep(0.5)
+        raise BrokenError(
+            f"the engine at {url} did not take weight version {version} within {ENGINE_LIMIT_S:g} s: {reason}"
+        )
+
+
+def trained_record(rows: Sequence[Row]) -> list[tuple[str, int, list[bytes]]]:
+    """Return which recorded calls these rows hold, one entry a rollout attempt, for the version's record."""
+    spans: dict[tuple[str, int], list[bytes]] = {}
+    for row in rows:
+        spans.setdefault((row.rollout_id, row.attempt), []).extend(row.span_ids)
+    return [(rollout_id, attempt, ids) for (rollout_id, attempt), ids in sorted(spans.items())]
+
+
+def step_line(metrics: StepMetrics) -> dict[str, float]:
+    """Return the part of a metrics line that every optimiser step has."""
+    return {
+        "loss": metrics.loss,
+        "grad_norm": metrics.grad_norm,
+        "lr": metrics.lr,
+        "trained_tokens": metrics.trained_tokens,
+        "tokens_per_s": metrics.tokens_per_s,
+        "step_s": metrics.forward_s + metrics.backward_s + metrics.update_s,
+        **metrics.means,
+    }
+
+
+def set_threads(count: int) -> None:
+    torch.set_num_threads(count)
+
+
+def _name_of(directory: Path) -> str:
+    return "-".join(directory.resolve().parts[-3:]).replace("/", "")

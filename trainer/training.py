@@ -1,0 +1,120 @@
+"""`lightning-bus train`: the whole run, from the first policy to the summary.
+
+Each stage is skipped when the checkpoint says that it is behind us, so a trainer that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+
+from lightning_bus import CallError, Client, RunFile, wall_ns
+from trainer.algorithms.evaluate import evaluate
+from trainer.algorithms.rl import reinforce
+from trainer.algorithms.sft import imitate
+from trainer.config import TrainSection
+from trainer.data.stream import RolloutStream
+from trainer.loading import load_tasks
+from trainer.report import count_log, plot_reward, write_summary
+from trainer.session import Session, set_threads
+
+log = logging.getLogger(__name__)
+
+POLICY_LIMIT_S = 180.0  # the engine writes the first policy when it starts
+
+
+async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> dict[str, Any]:
+    """Carry out the run and return its summary, which is also in summary.json."""
+    config = run.section(TrainSection)
+    set_threads(config.torch_threads)
+    tasks = load_tasks(config.tasks, run.run.seed, "train.tasks")
+    held_out = load_tasks(config.held_out, run.run.seed, "train.held_out")
+    await wait_for_policy(run.directory / "policy")
+    summary: dict[str, Any] = {}
+    async with (
+        Client(bus_address, role="trainer") as bus,
+        httpx.AsyncClient() as http,
+        anyio.create_task_group() as background,
+    ):
+        session = Session(run, bus, http, engine_urls)
+        session.resume()
+        progress = session.progress
+        stream = RolloutStream(
+            bus,
+            config.rl.group_size,
+            progress.stream["offset"],
+            config.rollout_limit_s,
+            consumed=progress.stream["consumed"],
+        )
+        background.start_soon(stream.run)
+        await session.publish()
+        if progress.line:  # a life that ended between checkpoint and this line left it to us
+            session.metrics.write(progress.line)
+
+        if progress.phase in ("init", "sft"):
+            if progress.step == 0:
+                await evaluate(session, stream, held_out)
+            if config.sft.rollouts:
+                await imitate(session, stream, tasks)
+            else:
+                progress.phase = "rl"
+        if progress.phase == "rl":
+            if progress.step == 0:
+                await evaluate(session, stream, held_out)
+            await reinforce(session, stream, tasks, held_out)
+        await evaluate(session, stream, held_out)
+        await cancel_unfinished(session)
+        summary = await summarise(session)
+        session.close()
+        background.cancel_scope.cancel()
+    return summary
+
+
+async def cancel_unfinished(session: Session) -> None:
+    """End the rollouts that ran ahead of the last step: nobody will train on them."""
+    size = session.train.rl.group_size
+    ids = [
+        f"train-{group:05d}-{member}" for group in range(session.progress.submitted_groups) for member in range(size)
+    ]
+    for start in range(0, len(ids), 1000):
+        await session.bus.cancel(ids[start : start + 1000])
+
+
+async def summarise(session: Session) -> dict[str, Any]:
+    """Count the log, write summary.json, reward.png and the final checkpoint."""
+    counts = await count_log(session.bus)
+    evals = session.progress.evals
+    after_sft = "1" if session.train.sft.rollouts else "0"
+    summary: dict[str, Any] = {
+        "success_before_sft": evals.get("0"),
+        "success_before_rl": evals.get(after_sft),
+        "success_after_rl": evals.get(str(session.progress.version)),
+        "seconds": round((wall_ns() - session.progress.started_ns) / 1e9, 1),
+        **{key: counts[key] for key in SUMMARY_COUNTS},
+        "rl_steps": session.progress.step,
+        "seed": session.run.run.seed,
+    }
+    session.export()
+    plot_reward(session.directory / "reward.png", list(session.metrics.lines()), session.run.run.name)
+    write_summary(session.directory / "summary.json", summary)
+    return summary
+
+
+SUMMARY_COUNTS = (
+    "rollouts_submitted", "rollouts_succeeded", "rollouts_failed", "rollouts_cancelled", "model_calls", "policy_versions",
+)  # fmt: skip
+
+
+async def wait_for_policy(directory: Path) -> None:
+    """Return once the first policy is there; `lightning-bus serve` writes it."""
+    with anyio.move_on_after(POLICY_LIMIT_S):
+        while not (directory / "config.json").exists():  # noqa: ASYNC110 - another process writes it
+            await anyio.sleep(0.1)
+        return
+    raise CallError(
+        f"no policy appeared in {directory} within {POLICY_LIMIT_S:g} s. Start it with: lightning-bus serve --run …"
+    )
