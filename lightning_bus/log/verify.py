@@ -1,0 +1,304 @@
+"""Does the log keep the promises? Proved from the log alone, with nothing that any process remembers.
+
+One pass over the records, in order, rebuilds every rollout's life, every producer's batches, every span and every
+weight version, and each check collects what contradicts it. A check that found no offender but had nothing to look
+at says so with a count of 0; it is for the reader to judge whether the run should have had some.
+
+Not proved: that a model call's tokens are what the engine computed (the engine's tests do that), and that a batch
+missing from a producer's numbers was refused rather than lost: a batch whose parts were all fenced leaves no record.
+Their number is reported.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from lightning_bus.errors import LightningBusError, RemoteProtocolError
+from lightning_bus.lifecycle import Event, IllegalMove, Status, next_status
+from lightning_bus.log.codec import decode_event, decode_record
+from lightning_bus.log.store import LogReader
+from lightning_bus.records import Kind, Record
+from lightning_bus.resources import POLICY_WEIGHTS, Resource, WeightVersion, decode
+from lightning_bus.spans import decode_spans, is_model_call, model_call
+
+OFFENDERS_SHOWN = 5
+REPEATING_PHASES = frozenset({"sft"})  # epochs over the same recorded calls; everything else trains on a call once
+
+
+class Reader(Protocol):
+    """What verify asks of a log."""
+
+    @property
+    def end_offset(self) -> int: ...
+
+    def values(self, offset: int = 0) -> Iterator[bytes]: ...
+
+
+@dataclass(slots=True)
+class Check:
+    """One promise: how many things were looked at, and what contradicts it."""
+
+    promise: str
+    unit: str
+    looked_at: int = 0
+    offenders: int = 0
+    first: list[str] = field(default_factory=list[str])
+    note: str = ""
+
+    @property
+    def proved(self) -> bool:
+        return self.offenders == 0
+
+    def offend(self, what: str) -> None:
+        self.offenders += 1
+        if len(self.first) < OFFENDERS_SHOWN:
+            self.first.append(what)
+
+
+@dataclass(slots=True)
+class Report:
+    """Every check of a log."""
+
+    log: str
+    checks: list[Check]
+
+    @property
+    def proved(self) -> bool:
+        return all(check.proved for check in self.checks)
+
+    def to_builtins(self) -> dict[str, Any]:
+        """Return the report as plain values, for JSON."""
+        checks = [{**msgspec.to_builtins(check), "proved": check.proved} for check in self.checks]
+        return {"log": self.log, "proved": self.proved, "checks": checks}
+
+
+def verify(run_dir: Path) -> Report:
+    """Return what the log of a run proves. Raises CallError when there is no log."""
+    path = run_dir / "log"
+    with LogReader(path) as reader:
+        return verify_log(reader, str(path))
+
+
+def verify_log(reader: Reader, name: str = "log") -> Report:
+    """Return what the records of this log prove."""
+    evidence = Evidence()
+    for record in evidence.whole_records(reader):
+        evidence.take(record)
+    return Report(name, evidence.conclude())
+
+
+@dataclass(slots=True)
+class Life:
+    """A rollout as its events tell it."""
+
+    status: Status | None = None
+    attempt: int = 0
+    submits: int = 0
+    ends: int = 0
+
+
+class Evidence:
+    """What one pass over the log collects. Feed records in order with `take`, then `conclude`."""
+
+    def __init__(self) -> None:
+        self.whole = Check("every record is whole and follows its predecessor", "records")
+        self.once = Check("every submitted rollout ended exactly once, and terminal was final", "rollouts")
+        self.attempts = Check("attempts were numbered 1, 2, … and each move was legal", "moves")
+        self.batches = Check("no batch was appended twice or out of order", "batches")
+        self.spans_once = Check("no span was appended twice", "spans")
+        self.unfenced = Check("spans were only kept from the attempt that held the lease", "span records")
+        self.versions = Check("weight versions rise, each from a published parent", "versions")
+        self.trained = Check("every call trained on is in the log, trainable, from the attempt that succeeded", "calls")
+        self.trained_once = Check("no call was trained on twice (SFT epochs excepted)", "calls")
+        self.served = Check("every update's weights were used by a later model call", "updates")
+        self._lives: dict[str, Life] = defaultdict(Life)
+        self._spans: dict[str, dict[bytes, int]] = defaultdict(dict)  # rollout → span → attempt
+        self._calls: dict[tuple[str, int, bytes], str] = {}  # model calls → why untrainable, or ""
+        self._batch_last: dict[str, tuple[int, int, int]] = {}  # producer → (epoch, seq, part)
+        self._parts_of_ends: set[tuple[str, int, str, int, int]] = set()
+        self._batches_missing = 0
+        self._versions: dict[int, tuple[int, WeightVersion]] = {}  # version → (offset, record)
+        self._trained_by: dict[tuple[str, int, bytes], WeightVersion] = {}
+        self._used_at: dict[str, int] = {}  # weight version → newest offset of a call that it produced
+
+    def whole_records(self, reader: Reader) -> Iterator[Record]:
+        """Yield the records that can be read; note those that cannot, and gaps."""
+        check = self.whole
+        expected = 0
+        for value in reader.values():
+            check.looked_at += 1
+            try:
+                record = decode_record(value)
+            except RemoteProtocolError as exc:
+                check.offend(str(exc))
+                expected += 1
+                continue
+            if record.offset != expected:
+                check.offend(f"record {record.offset} stands where {expected} should")
+            expected = record.offset + 1
+            yield record
+        if expected != reader.end_offset:
+            check.offend(f"the log ends at {reader.end_offset}, its records at {expected}")
+
+    def take(self, record: Record) -> None:
+        """Learn what a record says. One whose body cannot be read is not whole."""
+        try:
+            if record.kind is Kind.ROLLOUT:
+                self._take_event(record)
+            elif record.kind is Kind.SPANS:
+                self._take_batch(record)
+                self._take_spans(record)
+            else:
+                self._take_resource(record)
+        except (LightningBusError, msgspec.DecodeError) as exc:
+            self.whole.offend(f"record {record.offset}: {exc}")
+
+    def conclude(self) -> list[Check]:
+        """Return all checks, those that need the whole log included."""
+        for rollout_id, life in self._lives.items():
+            self.once.looked_at += 1
+            if life.submits != 1:
+                self.once.offend(f"{rollout_id} was submitted {life.submits} times")
+            if life.ends != 1:
+                stands = life.status.value if life.status else "unknown"
+                self.once.offend(f"{rollout_id} ended {life.ends} times; it is {stands} at attempt {life.attempt}")
+        for version, (offset, weights) in sorted(self._versions.items()):
+            if not weights.trained:
+                continue
+            self.served.looked_at += 1
+            if self._used_at.get(str(version), -1) <= offset:
+                self.served.offend(
+                    f"version {version} ({weights.phase} step {weights.step}): no call after record {offset} used it"
+                )
+            for rollout in weights.trained:
+                life = self._lives.get(rollout.rollout_id)
+                if life is None or life.status is not Status.SUCCEEDED or life.attempt != rollout.attempt:
+                    stands = f"{life.status.value} at attempt {life.attempt}" if life and life.status else "unknown"
+                    self.trained.offend(
+                        f"version {version} trained on {rollout.rollout_id} attempt {rollout.attempt}, which is {stands}"
+                    )
+        if self._batches_missing:
+            self.batches.note = f"{self._batches_missing} numbers left no record: batches that were fenced"
+        return [
+            self.whole, self.once, self.attempts, self.batches, self.spans_once, self.unfenced,
+            self.versions, self.trained, self.trained_once, self.served,
+        ]  # fmt: skip
+
+    def _take_event(self, record: Record) -> None:
+        event = decode_event(record)
+        life = self._lives[record.rollout_id]
+        here = f"{record.rollout_id}: {event.what} at record {record.offset}"
+        self.attempts.looked_at += 1
+        if event.what == "submit":
+            life.submits += 1
+            if life.submits == 1 and life.status is None:
+                life.status = Status.QUEUED
+            return
+        try:
+            what = Event(event.what)
+            if life.status is None:
+                raise IllegalMove("a rollout that was never submitted cannot " + what.value)
+            status = next_status(life.status, what)
+        except ValueError as exc:  # an unknown event, or a move that is not in the table
+            self.attempts.offend(f"{here}: {exc}")
+            # Go on from where the log says the rollout stands, or one bad event would hide the next.
+            status = Status(event.status) if event.status in list(Status) else life.status
+            what = None
+        if status is not None and event.status != status.value:
+            self.attempts.offend(f"{here}: leads to {status.value}, the log says {event.status}")
+        due = life.attempt + 1 if what is Event.LEASE else life.attempt
+        if record.attempt != due:
+            self.attempts.offend(f"{here}: attempt {record.attempt} where {due} is due")
+        life.status = status
+        life.attempt = record.attempt
+        if status is not None and status.terminal:
+            life.ends += 1
+
+    def _take_batch(self, record: Record) -> None:
+        here = f"{record.producer} batch {record.epoch}:{record.seq} part {record.part} (record {record.offset})"
+        self.batches.looked_at += 1
+        if record.seq == 0:
+            # Spans that rode with the end of an attempt: named by the attempt, of which there is one.
+            end = (record.producer, record.epoch, record.rollout_id, record.attempt, record.part)
+            if end in self._parts_of_ends:
+                self.batches.offend(f"{here} ended {record.rollout_id} attempt {record.attempt} before")
+            self._parts_of_ends.add(end)
+            return
+        now = (record.epoch, record.seq, record.part)
+        last = self._batch_last.get(record.producer, (record.epoch, 0, -1))
+        if now <= last:
+            self.batches.offend(f"{here} comes after {last[0]}:{last[1]} part {last[2]}")
+            return
+        seq_last = last[1] if record.epoch == last[0] else 0
+        self._batches_missing += max(0, record.seq - seq_last - 1)
+        self._batch_last[record.producer] = now
+
+    def _take_spans(self, record: Record) -> None:
+        spans = decode_spans(record.body)
+        if len(spans) != record.span_count:
+            self.whole.offend(f"record {record.offset} says {record.span_count} spans and holds {len(spans)}")
+        if record.rollout_id:
+            self.unfenced.looked_at += 1
+            life = self._lives[record.rollout_id]
+            if life.status is not Status.LEASED or life.attempt != record.attempt:
+                stands = f"{life.status.value} at attempt {life.attempt}" if life.status else "unknown"
+                self.unfenced.offend(
+                    f"record {record.offset} is of {record.rollout_id} attempt {record.attempt}, which was {stands}"
+                )
+        known = self._spans[record.rollout_id]
+        for span in spans:
+            self.spans_once.looked_at += 1
+            if span.span_id in known:
+                self.spans_once.offend(
+                    f"span {span.span_id.hex()} of rollout {record.rollout_id!r} again at record {record.offset}"
+                )
+            known[span.span_id] = record.attempt
+            if is_model_call(span):
+                call = model_call(span)
+                self._calls[record.rollout_id, record.attempt, span.span_id] = call.untrainable
+                for version, _, _ in call.weight_versions:
+                    self._used_at[version] = record.offset
+
+    def _take_resource(self, record: Record) -> None:
+        resource = msgspec.msgpack.decode(record.body, type=Resource)
+        if resource.name != POLICY_WEIGHTS:
+            return
+        weights = decode(resource, WeightVersion)
+        version = resource.version
+        self.versions.looked_at += 1
+        if weights.version != version:
+            self.versions.offend(f"version {version} calls itself {weights.version}")
+        if self._versions and version <= max(self._versions):
+            self.versions.offend(f"version {version} was published after version {max(self._versions)}")
+        if weights.parent is not None and (weights.parent not in self._versions or weights.parent >= version):
+            self.versions.offend(f"version {version} has the unpublished parent {weights.parent}")
+        self._versions[version] = (record.offset, weights)
+        for rollout in weights.trained:
+            for span_id in rollout.span_ids:
+                self._take_trained(weights, (rollout.rollout_id, rollout.attempt, span_id))
+
+    def _take_trained(self, weights: WeightVersion, call: tuple[str, int, bytes]) -> None:
+        rollout_id, attempt, span_id = call
+        here = f"version {weights.version} trained on {rollout_id} attempt {attempt} span {span_id.hex()}"
+        self.trained.looked_at += 1
+        self.trained_once.looked_at += 1
+        if call not in self._calls:
+            found = self._spans.get(rollout_id, {}).get(span_id)
+            if found is None:
+                self.trained.offend(f"{here}, which is not in the log before it")
+            elif found != attempt:
+                self.trained.offend(f"{here}, which belongs to attempt {found}")
+            else:
+                self.trained.offend(f"{here}, which is not a model call")
+        elif self._calls[call]:
+            self.trained.offend(f"{here}, which is untrainable: {self._calls[call]}")
+        before = self._trained_by.get(call)
+        if before is not None and (before is weights or {before.phase, weights.phase} - REPEATING_PHASES):
+            self.trained_once.offend(f"{here}; version {before.version} did already")
+        self._trained_by[call] = weights

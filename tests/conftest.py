@@ -1,0 +1,22 @@
+"""What all tests share: one thread a library, and Hypothesis without a clock."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Before numpy or torch is imported: tests run side by side, and threads that fight over cores only add noise.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# No deadline: on a busy machine it would fail tests for being slow, not for being wrong.
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The one event loop that the daemons run on."""
+    return "asyncio"
