@@ -1,0 +1,236 @@
+"""A resumed run is the unbroken run, bit for bit; a damaged or foreign checkpoint is refused and says why."""
+
+import json
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from tests.reference.rows import make_rows, tiny_llama
+from trainer.data.batch import pack_rows
+from trainer.optimize import checkpoint
+from trainer.optimize.losses import cispo
+from trainer.optimize.optimizer import Optimizer
+from trainer.optimize.step import train_step
+from trainer.policy.model import load_policy, load_tokenizer, named_weights, save_policy
+
+EXTRA = {"cursor": 1234567890123, "pending": {"g-1": [b"\x00\xff", "r-9"]}, "ratio": 0.1, "none": None}
+
+
+def fresh_run(seed=0):
+    model = tiny_llama(seed)
+    return model, Optimizer(model, lr=1e-2, warmup_updates=2, schedule="cosine", total_updates=10, weight_decay=0.1)
+
+
+def step_on_random_rows(model, optimizer):
+    """A step whose rows depend on all three generators: one that was not restored shows in the loss."""
+    seed = random.randrange(1 << 20) + int(np.random.randint(1 << 20)) + int(torch.randint(1 << 20, ()))
+    rows = make_rows(seed, [11, 4, 27, 18])
+    packs = pack_rows(rows, np.linspace(-1, 1, 4), token_budget=40)
+    return train_step(model, optimizer, packs, cispo()).loss
+
+
+def seed_generators(seed=1):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def test_a_resumed_run_matches_an_unbroken_one_bit_for_bit(tmp_path):
+    model, optimizer = fresh_run()
+    seed_generators()
+    unbroken = [step_on_random_rows(model, optimizer) for _ in range(3)]
+    unbroken_weights = dict(named_weights(model))
+
+    model, optimizer = fresh_run()
+    seed_generators()
+    resumed = [step_on_random_rows(model, optimizer)]
+    path = checkpoint.save(tmp_path, 1, model, optimizer, EXTRA)
+
+    model, optimizer = fresh_run(seed=99)
+    seed_generators(99)
+    restored = checkpoint.load(path, model, optimizer)
+    resumed += [step_on_random_rows(model, optimizer) for _ in range(2)]
+
+    assert resumed == unbroken
+    assert all(torch.equal(weight, unbroken_weights[name]) for name, weight in named_weights(model))
+    assert (restored.step, restored.extra) == (1, EXTRA)
+    assert (optimizer.updates, optimizer.skipped) == (3, 0)
+
+
+def test_a_checkpoint_before_the_first_update_resumes_too(tmp_path):
+    model, optimizer = fresh_run()
+    optimizer.skip()
+    path = checkpoint.save(tmp_path, 0, model, optimizer, {})
+    other_model, other = fresh_run(seed=5)
+    checkpoint.load(path, other_model, other)
+    assert (other.updates, other.skipped, other.tensors()) == (0, 1, {})
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    model, optimizer = fresh_run()
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000004.safetensors",
+        "step-00000005.safetensors",
+    ]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000005.safetensors"
+
+
+def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path):
+    model, optimizer = fresh_run()
+    checkpoint.save(tmp_path, 1, model, optimizer, {"try": 1})
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {"try": 2})
+    assert checkpoint.load(path, model, optimizer).extra == {"try": 2}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001.safetensors"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit_of(tensor_name: str, path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    header_bytes = int.from_bytes(raw[:8], "little")
+    first, past = json.loads(raw[8 : 8 + header_bytes])[tensor_name]["data_offsets"]
+    raw[8 + header_bytes + (first + past) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def flip_a_weight_bit(path: Path) -> None:
+    flip_a_bit_of("model/model.norm.weight", path)
+
+
+def flip_a_state_bit(path: Path) -> None:
+    flip_a_bit_of("state", path)
+
+
+def swap_two_names(path: Path) -> None:
+    raw = path.read_bytes()
+    mlp = b"model/model.layers.%d.mlp.up_proj.weight"
+    path.write_bytes(raw.replace(mlp % 0, b"#" * len(mlp)).replace(mlp % 1, mlp % 0).replace(b"#" * len(mlp), mlp % 1))
+
+
+def write_a_foreign_state(path: Path) -> None:
+    tensors = load_file(path)
+    state = msgspec.msgpack.encode({"format": 1})
+    raw = bytearray(zlib.crc32(state).to_bytes(4, "little") + state)
+    save_file({**tensors, "state": torch.frombuffer(raw, dtype=torch.uint8)}, path)
+
+
+def write_only_weights(path: Path) -> None:
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "state"}, path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, empty, flip_a_weight_bit, flip_a_state_bit, swap_two_names, write_a_foreign_state, write_only_weights],
+)
+def test_latest_passes_over_a_damaged_checkpoint_and_load_refuses_it(tmp_path, damage):
+    model, optimizer = fresh_run()
+    first, second = (checkpoint.save(tmp_path, step, model, optimizer, {}) for step in (1, 2))
+    before = {name: weight.clone() for name, weight in named_weights(model)}
+    damage(second)
+    assert checkpoint.latest(tmp_path) == first
+    with pytest.raises(ValueError, match="step-00000002"):
+        checkpoint.load(second, model, optimizer)
+    assert all(torch.equal(weight, before[name]) for name, weight in named_weights(model))
+
+
+def test_a_writer_that_died_leaves_nothing_that_is_taken_for_a_checkpoint(tmp_path):
+    model, optimizer = fresh_run()
+    whole = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    shutil.copy(whole, tmp_path / ".step-00000002.safetensors.partial")
+    assert checkpoint.latest(tmp_path) == whole
+    checkpoint.save(tmp_path, 3, model, optimizer, {})
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_takes_no_more_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
+    def full_disk(tensors, path):
+        path.write_bytes(b"half of it")
+        raise SafetensorError("No space left on device")
+
+    model, optimizer = fresh_run()
+    whole = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.save(tmp_path, 2, model, optimizer, {})
+    assert checkpoint.latest(tmp_path) == whole
+
+
+def test_there_is_no_latest_checkpoint_where_there_is_none(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "absent") is None
+
+
+def test_an_extra_that_msgpack_cannot_say_leaves_earlier_checkpoints_alone(tmp_path):
+    model, optimizer = fresh_run()
+    whole = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 2, model, optimizer, {"socket": object()})
+    assert checkpoint.latest(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"num_hidden_layers": 3}, "only in this model"),
+        ({"num_hidden_layers": 1}, "only in the checkpoint"),
+        ({"intermediate_size": 64}, r"\(48, 32\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_with_the_reason(tmp_path, overrides, reason):
+    model, optimizer = fresh_run()
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    other = tiny_llama(7, **overrides)
+    before = {name: weight.clone() for name, weight in named_weights(other)}
+    with pytest.raises(ValueError, match=reason):
+        checkpoint.load(path, other, Optimizer(other, lr=1e-3))
+    assert all(torch.equal(weight, before[name]) for name, weight in named_weights(other))
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", chat_template="{{ messages }}")
+
+
+def test_a_saved_policy_loads_as_it_was_and_replaces_the_old_one(tmp_path):
+    directory = tmp_path / "policy"
+    for seed in (1, 2):
+        model = tiny_llama(seed)
+        save_policy(model, small_tokenizer(), directory)
+        loaded = load_policy(directory)
+        assert all(torch.equal(weight, dict(named_weights(model))[name]) for name, weight in named_weights(loaded))
+    assert not loaded.training
+    assert loaded.config._attn_implementation == "packed_rows"
+    assert load_policy(directory, attention="sdpa").config._attn_implementation == "sdpa"
+    assert load_tokenizer(directory).chat_template == "{{ messages }}"
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert "packed_rows" not in (directory / "config.json").read_text()
+
+
+def test_tied_embeddings_are_one_weight_on_the_wire():
+    tied = [name for name, _ in named_weights(tiny_llama(tied=True))]
+    assert "model.embed_tokens.weight" in tied and "lm_head.weight" not in tied
+    assert "lm_head.weight" in [name for name, _ in named_weights(tiny_llama(tied=False))]
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_policy(tmp_path)

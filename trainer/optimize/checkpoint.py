@@ -1,0 +1,205 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+    DIRECTORY/step-00000012.safetensors    model/<name>                  weights, tied ones once
+                                           optimizer/<name>/<moment>     Adam's state
+                                           state                         bytes: CRC, then msgpack of counters,
+                                                                         random generators, the caller's `extra`
+                                                                         and the CRC of every other tensor
+
+One file, so that a checkpoint appears, and replaces an older one of the same step, in a single rename: it is
+written under a hidden name, fsynced, renamed, then its directory fsynced. What was checked when writing is
+checked again when reading: a file that the disk has damaged is refused (`load`) or passed over (`latest`).
+Nothing is pickled, so loading runs nobody's code.
+"""
+
+import os
+import random
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.optimize.optimizer import Optimizer
+from trainer.policy.model import named_weights, sync
+
+FORMAT = 1
+FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What `load` hands back besides the restored objects."""
+
+    step: int
+    extra: dict[str, Any]
+
+
+class _State(msgspec.Struct, frozen=True):
+    format: int
+    step: int
+    updates: int
+    skipped: int
+    generators: dict[str, Any]
+    tensors_crc: int
+    extra: dict[str, Any]
+
+
+def save(
+    directory: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    extra: Mapping[str, Any],
+    *,
+    keep: int = 3,
+) -> Path:
+    """Write checkpoint `step` durably, drop all but the newest `keep`, and return its path.
+
+    extra  anything msgpack can say: stream cursor, groups that wait for their last rollout, counters
+
+    Raises TypeError for an extra that msgpack cannot say and OSError when the disk does not take it; both leave
+    earlier checkpoints as they were.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".step-*"):  # of a writer that died; a directory has one writer
+        leftover.unlink()
+    final = directory / f"step-{step:08d}.safetensors"
+    partial = directory / f".{final.name}.partial"
+    tensors = {f"model/{name}": tensor.cpu() for name, tensor in named_weights(model)}
+    tensors |= {f"optimizer/{name}": tensor.detach().cpu() for name, tensor in optimizer.tensors().items()}
+    state = msgspec.msgpack.encode(
+        _State(
+            format=FORMAT,
+            step=step,
+            updates=optimizer.updates,
+            skipped=optimizer.skipped,
+            generators=_generators(),
+            tensors_crc=_crc(tensors),
+            extra=dict(extra),
+        )
+    )
+    tensors["state"] = _byte_tensor(zlib.crc32(state).to_bytes(4, "little") + state)
+    try:
+        save_file(tensors, partial)
+    except SafetensorError as exc:
+        raise OSError(f"checkpoint {partial} could not be written: {exc}. Free space or name another place") from exc
+    sync(partial)
+    os.replace(partial, final)
+    sync(directory)
+    for old in _files(directory)[:-keep]:
+        old.unlink()
+    return final
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest checkpoint that is whole, or None. One that is damaged is passed over, not deleted."""
+    for path in reversed(_files(directory)):
+        try:
+            _read(path)
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def load(path: Path, model: torch.nn.Module, optimizer: Optimizer) -> Checkpoint:
+    """Restore model, optimiser and random generators from a checkpoint, bit for bit.
+
+    Raises ValueError, having changed nothing, for a checkpoint that is damaged or of another model, and OSError
+    for one that cannot be read.
+    """
+    state, tensors = _read(path)
+    weights = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    prefix = "optimizer/"
+    moments = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    _check_same_model(path, weights, dict(named_weights(model)))
+    optimizer.load_tensors(moments)
+    live = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            live[name].copy_(tensor)
+    optimizer.updates, optimizer.skipped = state.updates, state.skipped
+    _restore_generators(state.generators)
+    return Checkpoint(step=state.step, extra=state.extra)
+
+
+def _read(path: Path) -> tuple[_State, dict[str, Tensor]]:
+    """The state and the tensors of a checkpoint that is whole. Raises ValueError saying what is wrong with it."""
+    try:
+        tensors = load_file(path)
+        raw = tensors.pop("state").numpy().tobytes()
+    except (SafetensorError, KeyError) as exc:
+        raise ValueError(f"{path} is not a whole checkpoint ({exc}): use an older one") from exc
+    if zlib.crc32(raw[4:]) != int.from_bytes(raw[:4], "little"):
+        raise ValueError(f"{path} is damaged: its state of {len(raw)} bytes has another checksum. Use an older one")
+    try:
+        state = msgspec.msgpack.decode(raw[4:], type=_State)
+    except msgspec.MsgspecError as exc:
+        raise ValueError(f"{path} is not a checkpoint of format {FORMAT}: {exc}") from exc
+    if state.format != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {state.format}, this version reads {FORMAT}")
+    if _crc(tensors) != state.tensors_crc:
+        raise ValueError(f"{path} is damaged: its {len(tensors)} tensors have another checksum. Use an older one")
+    return state, tensors
+
+
+def _check_same_model(path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name in sorted(stored.keys() ^ weights.keys()):
+        where = "only in the checkpoint" if name in stored else "only in this model"
+        raise ValueError(f"{path} is of another model: {name} is {where}")
+    for name, weight in weights.items():
+        theirs, ours = (tuple(stored[name].shape), stored[name].dtype), (tuple(weight.shape), weight.dtype)
+        if theirs != ours:
+            raise ValueError(f"{path} is of another model: {name} is {theirs} in the checkpoint and {ours} here")
+
+
+def _files(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, whole or not, oldest first."""
+    if not directory.is_dir():
+        return []
+    steps = {path: FILE_NAME.fullmatch(path.name) for path in directory.iterdir()}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(path.stem[5:]))
+
+
+def _crc(tensors: Mapping[str, Tensor]) -> int:
+    """One CRC over names, types, shapes and bytes, in the order of the names."""
+    crc = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def _generators() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "cuda": [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()],
+        "numpy": [kind, np.asarray(keys, dtype="<u4").tobytes(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def _restore_generators(generators: dict[str, Any]) -> None:
+    torch.set_rng_state(_byte_tensor(generators["torch"]))
+    # A run moved to a machine with other GPUs goes on with fresh GPU generators; the rest stays exact.
+    if len(generators["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_byte_tensor(state) for state in generators["cuda"]])
+    kind, keys, *rest = generators["numpy"]
+    np.random.set_state((kind, np.frombuffer(keys, dtype="<u4"), *rest))
+    version, words, gauss = generators["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def _byte_tensor(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
