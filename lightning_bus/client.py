@@ -46,6 +46,7 @@ CONNECT_S = 0.02  # and one that found no connection after this
 SPOOL_BYTES_MAX = 64 << 20  # spans waiting for the broker; above this `append` waits
 BATCH_BYTES_MAX = 8 << 20
 BEATS_PER_LEASE = 5
+FOLLOW_WAIT_S = 2.0  # of one FETCH; a follower notices a broker that restarted this much later at worst
 FINISHED_MAX = 10_000  # attempts remembered, so that a task sent twice is not run twice
 
 
@@ -155,7 +156,7 @@ class Client:
         chunk = _expect(reply.body, m.Chunk)
         return [decode_record(blob) for blob in reply.blobs], chunk.next_offset, chunk.end_offset
 
-    async def follow(self, offset: int = 0, *, wait_s: float = 10.0) -> AsyncIterator[Record]:
+    async def follow(self, offset: int = 0, *, wait_s: float = FOLLOW_WAIT_S) -> AsyncIterator[Record]:
         """Yield every record from `offset` on, in the log's order, waiting for new ones for ever."""
         while True:
             records, offset, _ = await self.fetch(offset, bytes_max=4 << 20, wait_s=wait_s)
@@ -411,9 +412,10 @@ class Leases:
 
     async def beat_for_ever(self, interval_s: float) -> None:
         while True:
+            slots = self._slots
             held = [m.Held(*key) for key in self._held]
             try:
-                reply = await self._client._exchange(m.Heartbeat(self._slots, held), (), resend_s=interval_s)  # pyright: ignore[reportPrivateUsage]
+                reply = await self._client._exchange(m.Heartbeat(slots, held), (), resend_s=interval_s)  # pyright: ignore[reportPrivateUsage]
             except BrokenError:
                 continue  # the broker is away; whether our leases live on is its to say when it is back
             for lost in _expect(reply.body, m.Beat).lost:
@@ -422,9 +424,8 @@ class Leases:
                 if callback is not None:
                     callback()
             with anyio.move_on_after(interval_s):
-                if self._stopped.is_set():
-                    await anyio.sleep_forever()
-                await self._stopped.wait()  # which the broker should know at once
+                # That we stopped the broker should know at once, or it goes on sending.
+                await (self._stopped.wait() if slots else anyio.sleep_forever())
 
     async def _finish(self, task: m.Task, body: m.Body, spans: Sequence[Span]) -> None:
         key = task.rollout_id, task.attempt
@@ -491,7 +492,7 @@ class BlockingClient:
 
         return self._call(call)
 
-    def follow(self, offset: int = 0, *, wait_s: float = 10.0) -> Iterator[Record]:
+    def follow(self, offset: int = 0, *, wait_s: float = FOLLOW_WAIT_S) -> Iterator[Record]:
         while True:
             records, offset, _ = self.fetch(offset, bytes_max=4 << 20, wait_s=wait_s)
             yield from records

@@ -241,7 +241,7 @@ def _done(c: Context, body: m.Done) -> m.Body:
     _must_hold(c, rollout, body.attempt)
     if body.reward is not None and not math.isfinite(body.reward):
         raise CallError(f"rollout {body.rollout_id}: a reward is a finite number or None, not {body.reward}")
-    _check_blobs(c.blobs)
+    _check_last_spans(c)
     _append_last_spans(c, rollout)
     rollout.reward = body.reward
     rollout.error = ""
@@ -256,7 +256,7 @@ def _fail(c: Context, body: m.Fail) -> m.Body:
     if resent and rollout.worker == c.peer:
         return m.Accepted(0)
     _must_hold(c, rollout, body.attempt)
-    _check_blobs(c.blobs)
+    _check_last_spans(c)
     _append_last_spans(c, rollout)
     delay_s = min(RETRY_DELAY_MAX_S, RETRY_DELAY_S * 2.0 ** min(body.attempt - 1, 16))
     _attempt_failed(c.state, c.effects, rollout, body.error, body.retryable, c.now_s, c.wall_ns, delay_s)
@@ -511,6 +511,12 @@ def _check_blobs(blobs: Sequence[bytes]) -> None:
             raise MessageTooLarge(
                 f"{len(blob)} bytes exceed the limit of {m.BLOB_BYTES_MAX} for one record. Send several."
             )
+
+
+def _check_last_spans(c: Context) -> None:
+    if len(c.blobs) > 1:
+        raise RemoteProtocolError(f"{c.header.op.name} carries one chunk of last spans, not {len(c.blobs)}")
+    _check_blobs(c.blobs)
 
 
 def _rollout(state: BrokerState, rollout_id: str) -> m.Rollout:

@@ -17,7 +17,7 @@ import pytest
 
 from lightning_bus import supervisor as module
 from lightning_bus.config import BUS_SECTIONS, RunFile, Section, load
-from lightning_bus.daemon import client_address, run_secret
+from lightning_bus.daemon import client_address, load_run, run_secret
 from lightning_bus.errors import ConfigError
 from lightning_bus.supervisor import Daemon, DaemonFailed, Stage, Supervisor, daemons, prepare
 
@@ -287,11 +287,25 @@ def test_prepare_writes_what_was_resolved_and_a_secret_for_the_owner_only(tmp_pa
 def test_a_run_is_never_overwritten_unasked(tmp_path: Path) -> None:
     directory = prepare(run_file(tmp_path))
     (directory / "metrics.jsonl").write_text("precious")
-    with pytest.raises(ConfigError, match=r"already exists. Choose another --name, or replace it with --force"):
+    with pytest.raises(
+        ConfigError,
+        match=r"already exists. Go on with that run: .* Or choose another --name, or replace it with --force",
+    ):
         prepare(run_file(tmp_path))
     assert (directory / "metrics.jsonl").exists()
     prepare(run_file(tmp_path), force=True)
     assert not (directory / "metrics.jsonl").exists()
+
+
+def test_a_run_that_was_moved_is_gone_on_with_where_it_lies_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_bus.daemon.sections", lambda: KINDS)
+    directory = prepare(run_file(tmp_path))
+    moved = directory.rename(tmp_path / "elsewhere")
+    file = load_run(moved)
+    assert file.directory == moved
+    assert prepare(file, resume=True) == moved
 
 
 def test_force_deletes_nothing_but_runs(tmp_path: Path) -> None:
