@@ -71,7 +71,12 @@ def _common(  # pyright: ignore[reportUnusedFunction] - typer calls it
 
 @app.command()
 def up(
-    run_toml: Annotated[Path, typer.Argument(metavar="RUN.toml", help="What to run; see examples/calc/run.toml.")],
+    run_toml: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN.toml", help="What to run (see examples/calc/run.toml), or runs/NAME to go on with."
+        ),
+    ],
     seed: Annotated[int | None, typer.Option(help="Overrides run.seed.")] = None,
     name: Annotated[str | None, typer.Option(help="Overrides run.name; files go to runs/NAME.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run of that name.")] = False,
@@ -79,9 +84,15 @@ def up(
 ) -> None:
     """Run everything on this machine: broker, gateway, engine, workers and trainer, supervised.
 
+    Stopped or cut off, a run goes on where it was: lightning-bus up runs/calc-1
+
     Example: lightning-bus up examples/calc/run.toml --seed 1 --name calc-1
     """
     overrides = parse_settings(set_ or [])
+    if run_toml.is_dir():
+        if seed is not None or name is not None or force:
+            raise ConfigError(f"{run_toml} is a run to go on with: it keeps its seed, its name and its files.")
+        raise typer.Exit(_up(load_run(run_toml, overrides), resume=True))
     if seed is not None:
         overrides.setdefault("run", {})["seed"] = seed
     if name is not None:
@@ -113,14 +124,14 @@ def demo(
         "seed": seed,
         "name": name or free_name(Path(runs), f"calc-seed{seed}"),
     }
-    raise typer.Exit(_up(load(run_toml, sections(), overrides), force=False))
+    raise typer.Exit(_up(load(run_toml, sections(), overrides)))
 
 
-def _up(file: RunFile, *, force: bool) -> int:
+def _up(file: RunFile, *, force: bool = False, resume: bool = False) -> int:
     from lightning_bus.display import Display
     from lightning_bus.supervisor import Supervisor, daemons, prepare
 
-    directory = prepare(file, force=force)
+    directory = prepare(file, force=force, resume=resume)
     console = Console()
     bus = client_address(file.section(BrokerSection).bind)
     engine = file.section(GatewaySection).upstreams[0]

@@ -38,8 +38,15 @@ def sections() -> dict[str, type[Section]]:
 
 
 def load_run(path: Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> RunFile:
-    """Return the run file at `path`; a run's directory stands for the run.toml in it. Raises ConfigError."""
-    return load(path / "run.toml" if path.is_dir() else path, sections(), overrides)
+    """Return the run file at `path`; a run's directory stands for the run.toml in it. Raises ConfigError.
+
+    The run.toml that lies in a run's directory means that directory, wherever it was moved and from wherever it is read.
+    """
+    path = path / "run.toml" if path.is_dir() else path
+    changes = {name: dict(keys) for name, keys in (overrides or {}).items()}
+    if (path.parent / "secret").exists():
+        changes.setdefault("run", {}).update(directory=str(path.parent.parent), name=path.parent.name)
+    return load(path, sections(), changes)
 
 
 def run_secret(directory: Path) -> bytes:

@@ -73,10 +73,11 @@ class DaemonFailed(LightningBusError):
 # -- before anything starts ---------------------------------------------------------------------------------------
 
 
-def prepare(file: RunFile, *, force: bool = False) -> Path:
+def prepare(file: RunFile, *, force: bool = False, resume: bool = False) -> Path:
     """Make the run's directory, with the resolved run.toml and the secret in it, and return its path.
 
-    Raises ConfigError when a port is taken, the directory exists (`force` replaces it), or a value cannot work.
+    Raises ConfigError when a port is taken, the directory exists (`force` replaces it, `resume` goes on with it), or a
+    value cannot work.
     """
     table = to_toml_table(file)
     directory = file.directory
@@ -84,9 +85,14 @@ def prepare(file: RunFile, *, force: bool = False) -> Path:
         raise ConfigError(f"run.name {file.run.name!r} becomes a directory name: letters, digits, . _ - please")
     for section, address in binds(table):
         _must_be_free(section, address)
+    if resume:
+        return directory
     if directory.exists():
         if not force:
-            raise ConfigError(f"{directory} already exists. Choose another --name, or replace it with --force.")
+            raise ConfigError(
+                f"{directory} already exists. Go on with that run: lightning-bus up {directory}. "
+                "Or choose another --name, or replace it with --force."
+            )
         if not (directory / "run.toml").exists():
             raise ConfigError(
                 f"{directory} is not a run's directory (no run.toml in it), so --force will not delete it."
