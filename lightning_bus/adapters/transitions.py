@@ -66,17 +66,17 @@ def transitions_of(rollout_id: str, attempt: int, group: str, spans: Iterable[Sp
 
 
 def _without_superseded(calls: list[ModelCall], dropped: Counter[str]) -> list[ModelCall]:
-    """Drop a call when a later one with the same prompt is marked by the client's SDK as its retry."""
-    retried = {
-        call.prompt_ids_P.tobytes(): i for i, call in enumerate(calls) if call.span.attributes.get(RETRY_COUNT, 0) > 0
-    }
-    kept: list[ModelCall] = []
-    for i, call in enumerate(calls):
-        if retried.get(call.prompt_ids_P.tobytes(), -1) > i:
+    """Drop the call that a client's SDK sent again: of two with the same prompt, the one before the marked retry."""
+    kept: list[ModelCall | None] = []
+    newest: dict[bytes, int] = {}
+    for call in calls:
+        prompt = call.prompt_ids_P.tobytes()
+        if call.span.attributes.get(RETRY_COUNT, 0) > 0 and prompt in newest:
+            kept[newest[prompt]] = None
             dropped["superseded by the client's retry"] += 1
-        else:
-            kept.append(call)
-    return kept
+        newest[prompt] = len(kept)
+        kept.append(call)
+    return [call for call in kept if call is not None]
 
 
 class _Merging:
