@@ -99,7 +99,7 @@ async def test_a_chunk_that_is_too_large_is_refused_before_it_is_sent(tmp_path: 
 
 async def test_after_a_refused_batch_the_next_one_is_taken(tmp_path: Path) -> None:
     async with bus_at(tmp_path) as bus:
-        bus._seq = 5  # pyright: ignore[reportPrivateUsage]  # as after a batch whose fate is unknown
+        bus._spool._seq = 5  # pyright: ignore[reportPrivateUsage]  # as after a batch whose fate is unknown
         with pytest.raises(RemoteProtocolError, match="after 1:0 comes 1:1"):
             await bus.append("", 0, [span("refused")])
         await bus.append("", 0, [span("kept")])
@@ -127,7 +127,7 @@ async def test_a_restarted_broker_is_only_latency(tmp_path: Path) -> None:
 
 async def test_a_silent_broker_is_named_with_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with broker(tmp_path / "log") as address, Client(address, limit_s=30) as bus:
-        bus.limit_s = 0.1
+        bus._session.limit_s = 0.1  # pyright: ignore[reportPrivateUsage]
         monkeypatch.setattr(Channel, "send", lambda channel, frames: True)  # taken, and never arrived
         with pytest.raises(BrokenError, match=rf"{address} did not answer STATUS within 0.1 s"):
             await bus.status()
@@ -193,7 +193,7 @@ async def test_who_waits_when_the_client_closes_is_told(tmp_path: Path, monkeypa
                 for number in range(3):  # one on its way, two in the spool
                     tasks.start_soon(told, bus.append, "", 0, [span(str(number))])
                 tasks.start_soon(told, bus.status)
-                while not bus._batch or len(bus._pending) < 2:  # pyright: ignore[reportPrivateUsage]
+                while not bus._spool._batch or len(bus._session._pending) < 2:  # pyright: ignore[reportPrivateUsage]
                     await anyio.lowlevel.checkpoint()
             with anyio.fail_after(5):
                 while len(failures) < 4:
@@ -241,7 +241,7 @@ async def test_heartbeats_keep_a_lease_longer_than_its_length(tmp_path: Path) ->
             task = await first_task(leases)
             # The broker's own clock says when it is enough: another attempt is not renewed by anyone and expires.
             async with Client(bus.address, role="silent") as other, other.lease(1):
-                other._on_task = None  # pyright: ignore[reportPrivateUsage]
+                other._session.on_task = None  # pyright: ignore[reportPrivateUsage]
                 await bus.submit([Submission("r-2", b"", max_attempts=1)])
                 while (await bus.query(["r-2"]))[0].status is not Status.FAILED:
                     await anyio.lowlevel.checkpoint()

@@ -1,0 +1,12 @@
+"""The client, async and blocking.
+
+face      what callers use          session   ask until answered
+holding   a worker's leases         spool     numbered batches of spans
+blocking  the same, synchronous
+"""
+
+from lightning_bus.client.blocking import BlockingClient
+from lightning_bus.client.face import Client
+from lightning_bus.client.holding import Leases
+
+__all__ = ["BlockingClient", "Client", "Leases"]
