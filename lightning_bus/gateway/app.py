@@ -13,7 +13,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Protocol, cast
@@ -21,11 +21,9 @@ from typing import Protocol, cast
 import anyio
 import msgspec
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from lightning_bus import tokens
 from lightning_bus.client import Client
@@ -39,16 +37,24 @@ from lightning_bus.errors import (
     LightningBusError,
     StopProcess,
 )
-from lightning_bus.gateway import recording
-from lightning_bus.gateway.recording import Call, Json, StreamRecord
-from lightning_bus.gateway.upstream import Answer, Upstreams
+from lightning_bus.gateway import recording, refusals
+from lightning_bus.gateway.recording import Call, Json
+from lightning_bus.gateway.refusals import (
+    CLIENT_CLOSED_REQUEST,
+    error,
+    invalid,
+    unanswered,
+    unauthorized,
+    unavailable,
+)
+from lightning_bus.gateway.streaming import WENT_AWAY, Relay, cancel_when_gone, span_id
+from lightning_bus.gateway.upstream import Answer, Upstreams, learn_version
 from lightning_bus.http import bind_tcp, http_server
-from lightning_bus.spans import WEIGHT_VERSIONS, Span
+from lightning_bus.spans import Span
 
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
 BUS_PROBE_LIMIT_S = 2.0
-CLIENT_CLOSED_REQUEST = 499  # nginx's word for an answer that nobody reads
 
 _log = logging.getLogger("lightning_bus.gateway")
 _encode = msgspec.json.Encoder().encode
@@ -152,7 +158,7 @@ class Gateway:
             Route(MODELS, self.models, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
         ]
-        return Starlette(routes=routes, exception_handlers=_HANDLERS, lifespan=self._lifespan)
+        return Starlette(routes=routes, exception_handlers=refusals.HANDLERS, lifespan=self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncGenerator[None]:
@@ -177,7 +183,7 @@ class Gateway:
             request=sent,
             request_json=_encode(sent),
             start_ns=wall_ns(),
-            retry_count=_whole(request.headers.get("x-stainless-retry-count")),
+            retry_count=_number(request.headers.get("x-stainless-retry-count")),
         )
         if sent["stream"]:
             return await self._stream(key, call, asked)
@@ -189,10 +195,10 @@ class Gateway:
             tasks.cancel_scope.cancel()
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_cancel_when_gone, request.receive, tasks.cancel_scope)
+            tasks.start_soon(cancel_when_gone, request.receive, tasks.cancel_scope)
             tasks.start_soon(ask)
         if response is None:  # the agent hung up; the engine was told by the closed connection
-            await self.record([recording.failed_span(call, _WENT_AWAY, wall_ns(), _span_id())], call)
+            await self.record([recording.failed_span(call, WENT_AWAY, wall_ns(), span_id())], call)
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         return response
 
@@ -202,7 +208,7 @@ class Gateway:
         try:
             answer = await self.upstreams.call(claims.rollout_id, "GET", MODELS)
         except (BusyError, BrokenError) as exc:
-            return _unanswered(exc)
+            return unanswered(exc)
         return Response(answer.body, answer.status, media_type=answer.content_type)
 
     async def health(self, request: Request) -> Response:
@@ -227,8 +233,8 @@ class Gateway:
         try:
             answer = await self.upstreams.call(key, "POST", CHAT, call.request_json)
         except (BusyError, BrokenError) as exc:
-            refusal = await self.record([recording.failed_span(call, str(exc), wall_ns(), _span_id())], call)
-            return refusal or _unanswered(exc)
+            refusal = await self.record([recording.failed_span(call, str(exc), wall_ns(), span_id())], call)
+            return refusal or unanswered(exc)
         end_ns = wall_ns()
         if answer.status != 200:
             return await self._engine_refused(answer, call)
@@ -237,29 +243,29 @@ class Gateway:
         except msgspec.DecodeError as exc:
             response = exc
         if not isinstance(response, dict):
-            error = f"engine {answer.engine.url} answered 200 with what is not a JSON object: {answer.body[:200]!r}"
-            refusal = await self.record([recording.failed_span(call, error, end_ns, _span_id())], call)
-            return refusal or _error(502, error, "server_error")
+            why = f"engine {answer.engine.url} answered 200 with what is not a JSON object: {answer.body[:200]!r}"
+            refusal = await self.record([recording.failed_span(call, why, end_ns, span_id())], call)
+            return refusal or error(502, why, "server_error")
         body = cast(Json, response)
-        spans = recording.model_call_spans(call, body, end_ns, _span_id)
-        _learn_version(answer, spans)
+        spans = recording.model_call_spans(call, body, end_ns, span_id)
+        learn_version(answer, spans)
         refusal = await self.record(spans, call)
         return refusal or Response(_encode(recording.as_asked(body, asked)), media_type="application/json")
 
     async def _stream(self, key: str, call: Call, asked: Json) -> Response:
-        """Ask for a stream; once the engine has begun to answer, the rest is `_Relay`'s."""
+        """Ask for a stream; once the engine has begun to answer, the rest is `Relay`'s."""
         try:
             answer = await self.upstreams.call(key, "POST", CHAT, call.request_json, stream=True)
         except (BusyError, BrokenError) as exc:
-            refusal = await self.record([recording.failed_span(call, str(exc), wall_ns(), _span_id())], call)
-            return refusal or _unanswered(exc)
+            refusal = await self.record([recording.failed_span(call, str(exc), wall_ns(), span_id())], call)
+            return refusal or unanswered(exc)
         if answer.status != 200:
             return await self._engine_refused(answer, call)
-        return _Relay(self, answer, call, asked)
+        return Relay(self.record, answer, call, asked)
 
     async def _engine_refused(self, answer: Answer, call: Call) -> Response:
-        error = f"engine answered {answer.status}: {answer.body[:500].decode(errors='replace')}"
-        refusal = await self.record([recording.failed_span(call, error, wall_ns(), _span_id())], call)
+        why = f"engine answered {answer.status}: {answer.body[:500].decode(errors='replace')}"
+        refusal = await self.record([recording.failed_span(call, why, wall_ns(), span_id())], call)
         return refusal or Response(answer.body, answer.status, media_type=answer.content_type)
 
     async def record(self, spans: list[Span], call: Call) -> Response | None:
@@ -271,17 +277,17 @@ class Gateway:
                 await self._bus.append(call.rollout_id, call.attempt, numbered)
         except FencedError as exc:
             message = f"The attempt is over: {exc} Nothing that this agent still does counts; stop it."
-            return _error(
+            return error(
                 409, message, "invalid_request_error", code="attempt_over", headers={"x-should-retry": "false"}
             )
         except (BusyError, BrokenError) as exc:
-            return _unavailable(exc)
+            return unavailable(exc)
         except StopProcess as exc:
             self.broken = exc
             self._on_broken()
-            return _error(500, str(exc), "server_error", headers={"x-should-retry": "false"})
+            return error(500, str(exc), "server_error", headers={"x-should-retry": "false"})
         except LightningBusError as exc:
-            return _error(500, str(exc), "server_error", headers={"x-should-retry": "false"})
+            return error(500, str(exc), "server_error", headers={"x-should-retry": "false"})
         return None
 
     # -- what a request says
@@ -298,9 +304,9 @@ class Gateway:
         except tokens.BadToken as exc:
             if not rollout_id and self._open:
                 return tokens.Claims("", 0)
-            raise _unauthorized(f"{exc}. Use the api_key that the worker gave to this attempt.") from exc
+            raise unauthorized(f"{exc}. Use the api_key that the worker gave to this attempt.") from exc
         if rollout_id and (claims.rollout_id, claims.attempt) != (rollout_id, attempt):
-            raise _unauthorized(
+            raise unauthorized(
                 f"The API key is for rollout {claims.rollout_id} attempt {claims.attempt}, the address for rollout "
                 f"{rollout_id} attempt {attempt}. Use base_url and api_key of the same attempt."
             )
@@ -309,8 +315,8 @@ class Gateway:
     async def _body(self, request: Request) -> Json:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise _invalid(415, f"The content type is {kind or 'missing'}. Send application/json.")
-        size = _whole(request.headers.get("content-length"))
+            raise invalid(415, f"The content type is {kind or 'missing'}. Send application/json.")
+        size = _number(request.headers.get("content-length"))
         parts: list[bytes] = []
         if size <= self._body_bytes_max:
             size = 0
@@ -320,15 +326,15 @@ class Gateway:
                 if size > self._body_bytes_max:
                     break
         if size > self._body_bytes_max:
-            raise _invalid(
+            raise invalid(
                 413, f"The request exceeds {self._body_bytes_max} bytes. Send less, or raise [gateway] body_bytes_max."
             )
         try:
             body = _decode(b"".join(parts))
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise _invalid(400, f"The request is not JSON: {exc}.") from exc
+            raise invalid(400, f"The request is not JSON: {exc}.") from exc
         if not isinstance(body, dict):
-            raise _invalid(400, f"The request is a JSON {type(body).__name__}. Send an object.")
+            raise invalid(400, f"The request is a JSON {type(body).__name__}. Send an object.")
         return cast(Json, body)
 
     def _warn_of_skew(self, request: Json) -> None:
@@ -339,124 +345,6 @@ class Gateway:
                     "an agent samples with %s=%r: log-probs are of the full softmax, so the calls are slightly off-policy. "
                     "Leave it neutral, or have the submission's overrides set it, to train exactly. Said once.", name, request[name]
                 )  # fmt: skip
-
-
-class _Relay(Response):
-    """A stream on its way through: chunk by chunk, except that the end waits until the span is durable."""
-
-    def __init__(self, gateway: Gateway, answer: Answer, call: Call, asked: Json) -> None:
-        super().__init__()
-        self._gateway = gateway
-        self._answer = answer
-        self._call = call
-        self._asked = asked
-        self._record = StreamRecord()
-        self._first_token_ns = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        end: tuple[list[bytes], str] | None = None
-
-        async def relay() -> None:
-            nonlocal end
-            await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
-            end = await self._pass_on(send)
-            tasks.cancel_scope.cancel()
-
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_cancel_when_gone, receive, tasks.cancel_scope)
-                tasks.start_soon(relay)
-        finally:
-            await self._answer.close()  # if the agent hung up, this is what tells the engine to stop
-        held, broke = end or ([], _WENT_AWAY)
-        spans = recording.model_call_spans(
-            self._call,
-            self._record.response(),
-            wall_ns(),
-            _span_id,
-            first_token_ns=self._first_token_ns,
-            interrupted=broke,
-        )
-        _learn_version(self._answer, spans)
-        refusal = await self._gateway.record(spans, self._call)
-        if end is None:
-            return
-        if refusal is not None:
-            held = [b"data: " + bytes(refusal.body) + b"\n\n"]
-        elif not broke:
-            held.append(b"data: [DONE]\n\n")
-        await send({"type": "http.response.body", "body": b"".join(held)})
-
-    async def _pass_on(self, send: Send) -> tuple[list[bytes], str]:
-        """Relay what may leave at once. Returns the events held back, and why the stream is not whole if it is not."""
-        held: list[bytes] = []
-        options = cast(Json, self._asked.get("stream_options") or {})
-        wants_usage = bool(options.get("include_usage"))
-        try:
-            async for chunk in _events(self._answer):
-                if "error" in chunk:
-                    return [*held, _event(chunk)], f"the engine broke off: {chunk['error']}"
-                self._record.add(chunk)
-                if self._record.choices and not self._first_token_ns:
-                    self._first_token_ns = wall_ns()
-                choices: list[Json] = chunk.get("choices") or []
-                if not choices and not wants_usage:
-                    continue
-                data = _event(recording.as_asked(chunk, self._asked))
-                if not choices or any(choice.get("finish_reason") for choice in choices):
-                    held.append(data)
-                else:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-        except BrokenError as exc:
-            return [*held, _event(_error_body(str(exc), "server_error", None))], "the engine broke off"
-        if not self._record.finished:
-            message = f"engine {self._answer.engine.url} ended its stream before the answer was finished"
-            return [*held, _event(_error_body(message, "server_error", None))], "the engine broke off"
-        return held, ""
-
-
-_WENT_AWAY = "client went away"
-_SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-
-
-async def _events(answer: Answer) -> AsyncIterator[Json]:
-    """The JSON objects of a server-sent stream, up to [DONE]. Raises BrokenError when one cannot be read."""
-    rest = b""
-    while (part := await answer.chunk()) is not None:
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            name, _, data = line.strip().partition(b":")
-            if name != b"data":
-                continue
-            if data.strip() == b"[DONE]":
-                return
-            try:
-                chunk = _decode(data)
-            except msgspec.DecodeError as exc:
-                raise BrokenError(f"engine {answer.engine.url} streamed what is not JSON: {data[:200]!r}") from exc
-            if isinstance(chunk, dict):
-                yield cast(Json, chunk)
-
-
-def _event(body: Json) -> bytes:
-    return b"data: " + _encode(body) + b"\n\n"
-
-
-async def _cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
-
-
-def _learn_version(answer: Answer, spans: Sequence[Span]) -> None:
-    """Remember which weights the engine answers with, for the salt of the next call's prefix cache.
-
-    Keys and values computed under old weights would give the new version's name to log-probs that are not its own.
-    Versions of the policy are numbers; a scripted model's is not, and says nothing of the policy's.
-    """
-    versions = spans[-1].attributes.get(WEIGHT_VERSIONS)
-    if versions and versions[-1][0].isdecimal():
-        answer.engine.version = versions[-1][0]
 
 
 def _parent(request: Request, claims: tokens.Claims) -> tuple[bytes, bytes | None]:
@@ -475,75 +363,8 @@ def _parent(request: Request, claims: tokens.Claims) -> tuple[bytes, bytes | Non
     return os.urandom(16), None
 
 
-def _span_id() -> bytes:
-    return os.urandom(8)
-
-
-def _whole(text: str | None) -> int:
-    return int(text) if text and text.isdecimal() else 0
-
-
-# -- refusals
-
-
-class _Refused(Exception):
-    """A request that is answered before any engine is asked."""
-
-    def __init__(self, response: Response) -> None:
-        super().__init__(response.status_code)
-        self.response = response
-
-
-def _error_body(message: str, kind: str, code: str | None) -> Json:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def _error(
-    status: int, message: str, kind: str, *, code: str | None = None, headers: Mapping[str, str] | None = None
-) -> Response:
-    return Response(_encode(_error_body(message, kind, code)), status, headers, "application/json")
-
-
-def _unauthorized(message: str) -> _Refused:
-    return _Refused(_error(401, message, "invalid_request_error", code="invalid_api_key"))
-
-
-def _invalid(status: int, message: str) -> _Refused:
-    return _Refused(_error(status, message, "invalid_request_error"))
-
-
-def _unavailable(exc: BusyError | BrokenError) -> Response:
-    retry_after_s = exc.retry_after_s if isinstance(exc, BusyError) else 1.0
-    return _error(
-        503, str(exc), "server_error", code="unavailable", headers={"retry-after": str(max(1, round(retry_after_s)))}
-    )
-
-
-def _unanswered(exc: BusyError | BrokenError) -> Response:
-    """No engine took the call: 503. One took it and was too slow: 504."""
-    return _unavailable(exc) if isinstance(exc, BusyError) else _error(504, str(exc), "server_error", code="timeout")
-
-
-async def _on_refused(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, _Refused)
-    return exc.response
-
-
-async def _on_http_exception(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, HTTPException)
-    message = f"{exc.detail}: {request.method} {request.url.path}. Here are POST {CHAT}, GET {MODELS} and GET /health."
-    return _error(exc.status_code, message, "invalid_request_error", headers=exc.headers)
-
-
-async def _on_bug(request: Request, exc: Exception) -> Response:
-    return _error(500, f"{type(exc).__name__} in the gateway; its log has the traceback.", "server_error")
-
-
-async def _on_gone(request: Request, exc: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-_HANDLERS = {_Refused: _on_refused, HTTPException: _on_http_exception, ClientDisconnect: _on_gone, Exception: _on_bug}
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 0
 
 
 def _is_loopback(address: str) -> bool:

@@ -23,6 +23,7 @@ import httpcore
 
 from lightning_bus.clock import monotonic_s
 from lightning_bus.errors import BrokenError, BusyError, ConfigError
+from lightning_bus.spans import WEIGHT_VERSIONS, Span
 
 CONNECT_LIMIT_S = 5.0
 PROBE_LIMIT_S = 2.0
@@ -272,3 +273,14 @@ def _too_slow(engine: Engine, limit_s: float) -> BrokenError:
 
 def _why(exc: Exception) -> str:
     return str(exc) or type(exc).__name__
+
+
+def learn_version(answer: Answer, spans: Sequence[Span]) -> None:
+    """Remember which weights the engine answers with, for the salt of the next call's prefix cache.
+
+    Keys and values computed under old weights would give the new version's name to log-probs that are not its own.
+    Versions of the policy are numbers; a scripted model's is not, and says nothing of the policy's.
+    """
+    versions = spans[-1].attributes.get(WEIGHT_VERSIONS)
+    if versions and versions[-1][0].isdecimal():
+        answer.engine.version = versions[-1][0]
