@@ -5,11 +5,15 @@ A comment at a key says what it trades. Defaults are for a small policy on a lap
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from lightning_bus import Section
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+CountOrNone = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class PolicySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,9 +28,9 @@ class ServeSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     engine: Literal["embedded"] = "embedded"
     bind: str = "127.0.0.1:4752"
-    slots_max: int = 64  # requests generated together
-    waiting_max: int = 1024  # requests that may queue; more are told to come back
-    torch_threads: int = 1  # the trainer wants the other core
+    slots_max: Count = 64  # requests generated together
+    waiting_max: Count = 1024  # requests that may queue; more are told to come back
+    torch_threads: Count = 1  # the trainer wants the other core
     scripted: dict[str, str] = msgspec.field(
         default_factory=dict
     )  # further models that are scripts: name = "module:function"
@@ -36,51 +40,55 @@ class SftSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """[train.sft]: imitate a teacher's recorded rollouts before reinforcement begins. rollouts = 0 leaves it out."""
 
     teacher: str = "teacher"  # the model name that the teacher's rollouts call
-    rollouts: int = 0
-    epochs: int = 4
-    batch_rollouts: int = 32
-    lr: float = 1e-3
+    rollouts: CountOrNone = 0
+    epochs: Count = 4
+    batch_rollouts: Count = 32
+    lr: Positive = 1e-5  # for a pretrained model; the demo's million random weights take 1.5e-3
     weight_decay: float = 0.01
-    warmup_updates: int = 10
+    warmup_updates: CountOrNone = 10
 
 
 class RlSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[train.rl]: asynchronous policy-gradient training on the policy's own rollouts."""
 
-    steps_max: int = 100
-    group_size: int = 8  # rollouts of one task, compared with each other
-    groups_per_step: int = 8
-    refill_groups_max: int = 4  # groups whose rewards were all equal are replaced by at most this many others a step
-    staleness_max: int = 2  # versions between sampling and training; also bounds how far rollouts run ahead
+    steps_max: Count = 100
+    group_size: Annotated[int, msgspec.Meta(ge=2)] = 8  # rollouts of one task, compared with each other
+    groups_per_step: Count = 8
+    refill_groups_max: CountOrNone = (
+        4  # groups whose rewards were all equal are replaced by at most this many others a step
+    )
+    staleness_max: CountOrNone = 2  # versions between sampling and training; also bounds how far rollouts run ahead
     loss: Literal["ppo_clip", "cispo", "reinforce"] = "cispo"
     scale: Literal["none", "std"] = "none"  # divide advantages by the group's spread?
     normalise: Literal["token", "rollout"] = "token"
-    temperature: float = 1.0
-    lr: float = 1e-3
+    temperature: Positive = 1.0
+    lr: Positive = 1e-6  # for a pretrained model; the demo's million random weights take 3e-4
     weight_decay: float = 0.0
-    warmup_updates: int = 0
-    grad_norm_max: float = 1.0
-    stop_reward: float = 1.01  # stop early when the mean reward of `stop_window` steps reaches this
-    stop_window: int = 4
+    warmup_updates: CountOrNone = 0
+    grad_norm_max: Positive = 1.0
+    stop_reward: float | None = None  # stop early when the mean reward of `stop_window` steps reaches this
+    stop_window: Count = 6
 
 
 class EvalSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[train.eval]: held-out tasks, carried out by the same workers."""
 
-    tasks: int = 96
-    every_steps: int = 0  # also during training; 0: only before and after
+    tasks: Count = 96
+    every_steps: CountOrNone = 0  # also during training; 0: only before and after
     temperature: float = 1.0  # 0 is greedy
 
 
 class TrainSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[train]: what to learn from, and how."""
 
-    tasks: str  # MODULE:FUNCTION(seed) → list of tasks, or a .jsonl file with one task a line
+    # MODULE:FUNCTION is called with the seed and returns a list of tasks; "MODULE:FUNCTION PATH" calls it with the path
+    # ("examples.calc.tasks:read_jsonl gsm8k.jsonl"); a .jsonl file by itself has one task a line.
+    tasks: str
     held_out: str
-    token_budget: int = 2048  # tokens per forward pass: memory against speed
-    torch_threads: int = 1
-    keep_checkpoints: int = 3
-    rollout_limit_s: float = 600.0  # how long to wait for rollouts before saying that nobody carries them out
+    token_budget: Count = 2048  # tokens per forward pass: memory against speed
+    torch_threads: Count = 1
+    keep_checkpoints: Count = 3
+    rollout_limit_s: Positive = 600.0  # how long to wait for rollouts before saying that nobody carries them out
     sft: SftSection = msgspec.field(default_factory=SftSection)
     rl: RlSection = msgspec.field(default_factory=RlSection)
     eval: EvalSection = msgspec.field(default_factory=EvalSection)

@@ -70,7 +70,8 @@ def plot_reward(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None
         title=title,
     )
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", frameon=False)
+    if steps or held_out:
+        axes.legend(loc="lower right", frameon=False)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

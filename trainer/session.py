@@ -9,7 +9,9 @@ comes back with the last checkpoint, publishes it again (the same bytes, so a no
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from lightning_bus import (
     Client,
     Resource,
     RunFile,
+    StorageError,
     TrainedRollout,
     WeightVersion,
     monotonic_s,
@@ -76,7 +79,7 @@ class Session:
         self.directory = run.directory
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = MetricsFile(self.directory / "metrics.jsonl")
-        self.progress = Progress(started_ns=wall_ns())
+        self.progress = Progress(started_ns=_started_ns(run.directory))
         self.model: PreTrainedModel = load_policy(self.directory / "policy")
         self._http = http
         self._engine_urls = list(engine_urls)
@@ -110,14 +113,15 @@ class Session:
         """Make model, optimiser and progress durable."""
         self.progress.checkpoints += 1
         extra = msgspec.to_builtins(self.progress)
-        checkpoint.save(
-            self.checkpoints, self.progress.checkpoints, self.model, optimizer, extra, keep=self.train.keep_checkpoints
-        )
+        number, keep = self.progress.checkpoints, self.train.keep_checkpoints
+        with storing(self.checkpoints):
+            checkpoint.save(self.checkpoints, number, self.model, optimizer, extra, keep=keep)
 
     async def publish(self) -> None:
         """Make the checkpointed weights the ones that engines serve, under their version, and say so on the bus."""
         progress = self.progress
-        file = self._slots.write(dict(named_weights(self.model)))
+        with storing(shm_directory()):
+            file = self._slots.write(dict(named_weights(self.model)))
         version = WeightVersion(
             version=progress.version,
             parent=progress.parent,
@@ -134,6 +138,11 @@ class Session:
         for url in self._engine_urls:
             await self._push(url, file, str(progress.version))
 
+    def tell(self, line: dict[str, Any]) -> None:
+        """Write a line to metrics.jsonl."""
+        with storing(self.metrics.path):
+            self.metrics.write(line)
+
     def note(self, phase: str, **values: Any) -> dict[str, Any]:
         """Return a line for metrics.jsonl."""
         seconds = (wall_ns() - self.progress.started_ns) / 1e9
@@ -148,7 +157,8 @@ class Session:
     def export(self) -> Path:
         """Write the policy as a directory that `lightning-bus serve` and any Hugging Face loader take."""
         target = self.directory / "checkpoint"
-        save_policy(self.model, load_tokenizer(self.directory / "policy"), target)
+        with storing(target):
+            save_policy(self.model, load_tokenizer(self.directory / "policy"), target)
         return target
 
     def close(self) -> None:
@@ -177,6 +187,15 @@ class Session:
         )
 
 
+@contextmanager
+def storing(place: Path) -> Iterator[None]:
+    """Translate a disk that refuses data. Everything that was checkpointed before is safe, so the run can go on later."""
+    try:
+        yield
+    except OSError as exc:
+        raise StorageError(f"cannot write {place}: {exc}. Free space there; the run goes on where it was.") from exc
+
+
 def trained_record(rows: Sequence[Row]) -> list[tuple[str, int, list[bytes]]]:
     """Return which recorded calls these rows hold, one entry a rollout attempt, for the version's record."""
     spans: dict[tuple[str, int], list[bytes]] = {}
@@ -202,5 +221,13 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def _started_ns(run_directory: Path) -> int:
+    """When the run began: `up` makes its secret before it starts anything, and never touches it again."""
+    secret = run_directory / "secret"
+    return secret.stat().st_mtime_ns if secret.exists() else wall_ns()
+
+
 def _name_of(directory: Path) -> str:
-    return "-".join(directory.resolve().parts[-3:]).replace("/", "")
+    """A name that no other run on this machine has: two checkouts may both have a runs/calc."""
+    path = directory.resolve()
+    return f"{path.name}-{zlib.crc32(str(path).encode()):08x}"

@@ -6,13 +6,14 @@ Each stage is skipped when the checkpoint says that it is behind us, so a traine
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
 
-from lightning_bus import CallError, Client, RunFile, wall_ns
+from lightning_bus import CallError, Client, RunFile, StopProcess, wall_ns
 from trainer.algorithms.evaluate import evaluate
 from trainer.algorithms.rl import reinforce
 from trainer.algorithms.sft import imitate
@@ -20,7 +21,7 @@ from trainer.config import TrainSection
 from trainer.data.stream import RolloutStream
 from trainer.loading import load_tasks
 from trainer.report import count_log, plot_reward, write_summary
-from trainer.session import Session, set_threads
+from trainer.session import Session, set_threads, storing
 
 log = logging.getLogger(__name__)
 
@@ -51,27 +52,36 @@ async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> di
             consumed=progress.stream["consumed"],
         )
         background.start_soon(stream.run)
-        await session.publish()
-        if progress.line:  # a life that ended between checkpoint and this line left it to us
-            session.metrics.write(progress.line)
-
-        if progress.phase in ("init", "sft"):
-            if progress.step == 0:
-                await evaluate(session, stream, held_out)
-            if config.sft.rollouts:
-                await imitate(session, stream, tasks)
-            else:
-                progress.phase = "rl"
-        if progress.phase == "rl":
-            if progress.step == 0:
-                await evaluate(session, stream, held_out)
-            await reinforce(session, stream, tasks, held_out)
-        await evaluate(session, stream, held_out)
-        await cancel_unfinished(session)
-        summary = await summarise(session)
+        try:
+            await run_stages(session, stream, tasks, held_out)
+            summary = await summarise(session)
+        except (CallError, StopProcess, anyio.get_cancelled_exc_class()):
+            session.close()  # this process will not be started again by itself, so nobody needs the weights in memory
+            raise
         session.close()
         background.cancel_scope.cancel()
     return summary
+
+
+async def run_stages(session: Session, stream: RolloutStream, tasks: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Evaluate, imitate, evaluate, reinforce, evaluate; whatever the checkpoint says is behind us is skipped."""
+    progress = session.progress
+    await session.publish()
+    if progress.line:  # a life that ended between checkpoint and this line left it to us
+        session.tell(progress.line)
+    if progress.phase in ("init", "sft"):
+        if progress.step == 0:
+            await evaluate(session, stream, held_out)
+        if session.train.sft.rollouts:
+            await imitate(session, stream, tasks)
+        else:
+            progress.phase = "rl"
+    if progress.phase == "rl":
+        if progress.step == 0:
+            await evaluate(session, stream, held_out)
+        await reinforce(session, stream, tasks, held_out)
+    await cancel_unfinished(session)
+    await evaluate(session, stream, held_out)
 
 
 async def cancel_unfinished(session: Session) -> None:
@@ -99,8 +109,9 @@ async def summarise(session: Session) -> dict[str, Any]:
         "seed": session.run.run.seed,
     }
     session.export()
-    plot_reward(session.directory / "reward.png", list(session.metrics.lines()), session.run.run.name)
-    write_summary(session.directory / "summary.json", summary)
+    with storing(session.directory):
+        plot_reward(session.directory / "reward.png", list(session.metrics.lines()), session.run.run.name)
+        write_summary(session.directory / "summary.json", summary)
     return summary
 
 

@@ -13,7 +13,8 @@ async def evaluate(session: Session, stream: RolloutStream, tasks: Sequence[Any]
     """Return the mean reward on the held-out tasks under the version that is served now.
 
     A rollout that failed counts as 0: an agent that cannot be carried out has not succeeded. A version is evaluated
-    once; asked again, by a resumed run for instance, the recorded result is returned.
+    once; asked again, by a resumed run for instance, the recorded result is returned. Raises AgentError when every
+    rollout failed: that says nothing about the policy.
     """
     version = str(session.progress.version)
     if version in session.progress.evals:
@@ -26,10 +27,9 @@ async def evaluate(session: Session, stream: RolloutStream, tasks: Sequence[Any]
         )
         for i, task in enumerate(tasks[: config.tasks])
     ]
-    await session.bus.submit(submissions)
-    ended = await stream.wait_ended([one.rollout_id for one in submissions])
+    ended = await stream.carry_out(submissions, session.directory)
     success = sum(rollout.reward or 0.0 for rollout in ended) / len(ended)
     session.progress.evals[version] = success
     failed = sum(rollout.reward is None for rollout in ended)
-    session.metrics.write(session.note("eval", held_out_success=success, rollouts=len(ended), failed=failed))
+    session.tell(session.note("eval", held_out_success=success, rollouts=len(ended), failed=failed))
     return success

@@ -47,7 +47,11 @@ async def reinforce(session: Session, stream: RolloutStream, tasks: Sequence[Any
     )
     session.restore_optimizer(optimizer)
     loss = _loss(config)
+    every = session.train.eval.every_steps
     while progress.step < config.steps_max and not _good_enough(progress.rewards, config):
+        # Before the next step rather than after the last: a trainer that was killed in between still owes it.
+        if every and progress.step and progress.step % every == 0:
+            await evaluate(session, stream, held_out)
         await keep_running_ahead(session, tasks)
         batch, rollouts, counts = await next_batch(session, stream, tasks)
         rows, advantages = rows_and_advantages(batch, config, progress.version, session.train.token_budget, counts)
@@ -69,10 +73,7 @@ async def reinforce(session: Session, stream: RolloutStream, tasks: Sequence[Any
         session.checkpoint(optimizer)
         if rows:
             await session.publish()
-        session.metrics.write(progress.line)
-        every = session.train.eval.every_steps
-        if every and progress.step % every == 0:
-            await evaluate(session, stream, held_out)
+        session.tell(progress.line)
     progress.phase = "done"
     session.checkpoint(optimizer)
 
@@ -91,10 +92,13 @@ async def keep_running_ahead(session: Session, tasks: Sequence[Any]) -> None:
 async def submit_groups(session: Session, tasks: Sequence[Any], count: int) -> None:
     config, progress = session.train.rl, session.progress
     first = progress.submitted_groups
+    # The teacher's tasks come last: on what the policy has imitated it no longer disagrees with itself, and a group
+    # that agrees teaches nothing.
+    unseen = session.train.sft.rollouts
     submissions = [
         submission(
             f"train-{group:05d}-{member}",
-            tasks[group % len(tasks)],
+            tasks[(unseen + group) % len(tasks)],
             TRAIN,
             group=f"train-{group:05d}",
             model=session.policy.name,
@@ -169,6 +173,8 @@ def _staleness(rows: Sequence[Row], version: int) -> dict[str, float]:
 
 def _good_enough(rewards: Sequence[float], config: RlSection) -> bool:
     window = rewards[-config.stop_window :]
+    if config.stop_reward is None:
+        return False
     return len(window) == config.stop_window and sum(window) / len(window) >= config.stop_reward
 
 

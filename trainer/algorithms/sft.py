@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio.lowlevel
 
+from lightning_bus import ConfigError
 from lightning_bus.adapters import Row
 from trainer.data.batch import pack_rows
 from trainer.data.filters import drop_failed, drop_unscored
@@ -43,7 +44,7 @@ async def imitate(session: Session, stream: RolloutStream, tasks: Sequence[Any])
             steps.append(train_step(session.model, optimizer, packs, losses.sft))
             await anyio.lowlevel.checkpoint()  # the bus wants a word now and then
         progress.step += 1
-        session.metrics.write(session.note("sft", **step_line(steps[-1])))
+        session.tell(session.note("sft", **step_line(steps[-1])))
         session.checkpoint(optimizer)
     progress.parent, progress.version = progress.version, progress.version + 1
     progress.trained = trained_record(rows)
@@ -58,14 +59,20 @@ async def record_teacher(session: Session, stream: RolloutStream, tasks: Sequenc
     """Have the workers carry out `tasks` with the teacher as the model, and return the rows of what was recorded."""
     teacher = session.train.sft.teacher
     submissions = [submission(f"teacher-{i:05d}", task, TEACHER, model=teacher) for i, task in enumerate(tasks)]
-    await session.bus.submit(submissions)
-    ended = await stream.wait_ended([one.rollout_id for one in submissions])
+    ended = await stream.carry_out(submissions, session.directory)
     rollouts, _, dropped = scored(ended)
     kept = drop_failed(rollouts)
     rows = drop_unscored([row for rollout in kept.items for row in rollout.rows])
     reward_mean = sum(rollout.reward or 0.0 for rollout in kept.items) / max(1, len(kept.items))
     drops = {**dropped, **kept.dropped, **rows.dropped}
-    session.metrics.write(
-        session.note("teacher", reward_mean=reward_mean, rollouts=len(ended), rows=len(rows.items), dropped=drops)
+    session.tell(
+        session.note(
+            "teacher", step=0, reward_mean=reward_mean, rollouts=len(ended), rows=len(rows.items), dropped=drops
+        )
     )
+    if not rows.items:
+        raise ConfigError(
+            f"nothing to imitate: {len(ended)} rollouts called the teacher {teacher!r} and recorded no trainable call "
+            f"(left out: {drops}). Look: lightning-bus spans {ended[0].rollout_id} --run {session.directory}"
+        )
     return rows.items

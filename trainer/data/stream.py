@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import anyio
 import msgspec
 
-from lightning_bus import BrokenError, Client, Submission, is_model_call, model_call
+from lightning_bus import AgentError, BrokenError, Client, Status, Submission, is_model_call, model_call
 from lightning_bus.adapters import Assembler, FinishedRollout, transitions_of
 from trainer.data.filters import ScoredRollout
 
@@ -79,6 +80,31 @@ class RolloutStream:
             all_ended, f"{len(waiting)} rollouts, {rollout_ids and next(iter(rollout_ids))} among them,"
         )
         return [self._ended.pop(rollout_id) for rollout_id in rollout_ids]
+
+    async def carry_out(self, submissions: Sequence[Submission], run_dir: Path) -> list[FinishedRollout]:
+        """Submit rollouts and return them, ended, in the order given.
+
+        Raises AgentError when all of them failed: then it is not the policy that is at fault, and training on would be
+        in vain. Where all failed in an earlier life of this run they are submitted anew, under other ids, because what
+        they failed of may have been mended since.
+        """
+        again = 0
+        while True:
+            suffix = f"-again{again}" if again else ""
+            named = [msgspec.structs.replace(one, rollout_id=one.rollout_id + suffix) for one in submissions]
+            fresh = await self.bus.submit(named)
+            ended = await self.wait_ended([one.rollout_id for one in named])
+            if any(rollout.status is Status.SUCCEEDED for rollout in ended):
+                return ended
+            if fresh:
+                first = ended[0]
+                reason = (first.error.strip().splitlines() or [first.status.value])[-1]
+                raise AgentError(
+                    f"all {len(ended)} rollouts of phase {first.labels.get('phase')} failed; {first.rollout_id} after "
+                    f"{first.attempt} attempts with: {reason}\n"
+                    f"Its record: lightning-bus spans {first.rollout_id} --run {run_dir}"
+                )
+            again += 1
 
     async def wait_version_called(self, version: int) -> None:
         """Return once a finished rollout holds a call that this weight version, or a later one, answered."""
