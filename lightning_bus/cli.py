@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import time
 import tomllib
 import traceback
@@ -276,6 +277,8 @@ def spans(
     for record in found:
         if record.kind is not Kind.SPANS:
             print(json.dumps(_record_facts(record)) if json_ else _record_line(record))
+            if not json_ and record.kind is Kind.ROLLOUT and (error := decode_event(record).error.rstrip()):
+                print(textwrap.indent(error, f"{'':>10}"))
             continue
         for span in decode_spans(record.body):
             print(json.dumps(_span_facts(span)) if json_ else _span_line(span))
@@ -318,7 +321,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         if os.environ.get(DEBUG):
             traceback.print_exception(exc)
-        print(f"lightning-bus: {cause}", file=sys.stderr)
+        try:
+            print(f"lightning-bus: {cause}", file=sys.stderr)
+        except OSError:  # stderr is a log on the very disk that is full; then the code alone must tell
+            os._exit(cause.exit_code)
         sys.exit(cause.exit_code)
 
 

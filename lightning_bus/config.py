@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -121,24 +121,47 @@ def _section(path: Path, name: str, kind: type[Section], table: Any) -> Section:
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as exc:
-        raise ConfigError(f"{path}: {_explain(str(exc), name, kind)}") from exc
+        raise ConfigError(f"{path}: {_explain(str(exc), name, kind, table)}") from exc
 
 
-def _explain(message: str, name: str, kind: type[Section]) -> str:
-    """Turn msgspec's «… - at `$.a.b`» into the key's path in the file."""
+def _explain(message: str, name: str, kind: type[Section], table: Any) -> str:
+    """Turn msgspec's «… - at `$.a.b`» into the key's path in the file, its value, and what it may be."""
     reason, _, where = message.partition(" - at `$")
-    key = name + where.rstrip("`")
+    where = where.rstrip("`")
+    key = name + where
+    expected = _type_at(kind, where)
     unknown = re.search(r"unknown field `(.+)`", reason)
     if unknown:
         field = unknown.group(1)
-        known = [f.name for f in msgspec.structs.fields(kind)] if not where else []
+        known = [f.name for f in msgspec.structs.fields(expected)] if _is_struct(expected) else []
         return f"unknown key {key}.{field}{_did_you_mean(field, known)}." + (
             f" Known: {', '.join(known)}." if known else ""
         )
     missing = re.search(r"missing required field `(.+)`", reason)
     if missing:
         return f"{key}.{missing.group(1)} is required and missing."
-    return f"{key}: {reason[0].lower()}{reason[1:]}."
+    choices = f" Choose from: {', '.join(map(str, get_args(expected)))}." if get_origin(expected) is Literal else ""
+    return f"{key}: {reason[0].lower()}{reason[1:]}; the value is {_value_at(table, where)!r:.80}.{choices}"
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _type_at(kind: Any, where: str) -> Any:
+    """Return the type of the key that a path such as ".rl.loss" leads to; None for what lies inside a list or a dict."""
+    for part in where.split(".")[1:]:
+        kind = get_type_hints(kind).get(part) if _is_struct(kind) else None
+    return kind
+
+
+def _value_at(table: Any, where: str) -> Any:
+    """Return the value that such a path leads to, or the innermost that holds it."""
+    for part in where.split(".")[1:]:
+        if not isinstance(table, dict) or part not in table:
+            break
+        table = cast(dict[str, Any], table)[part]
+    return cast(Any, table)
 
 
 def _did_you_mean(word: str, known: Mapping[str, Any] | list[str]) -> str:

@@ -30,7 +30,7 @@ from anyio.abc import Process, TaskStatus
 
 from lightning_bus.client import Client
 from lightning_bus.clock import monotonic_s
-from lightning_bus.config import BrokerSection, GatewaySection, RunFile, to_toml_table
+from lightning_bus.config import BrokerSection, GatewaySection, RunFile, Section, load, to_toml_table
 from lightning_bus.daemon import LIFELINE, client_address, run_secret
 from lightning_bus.errors import CallError, ConfigError, LightningBusError, StopProcess, StorageError, VersionError
 
@@ -38,10 +38,12 @@ PAUSE_S = 0.2  # before the first restart; doubles with each
 PAUSE_MAX_S = 5.0
 STEADY_S = 30.0  # a daemon that lived this long starts again at PAUSE_S
 RESTARTS_MAX = 30  # per daemon and run: more is not bad luck but a bug
+CRASHES_MAX = 5  # in a row, each by an error of its own and within STEADY_S: so is this
 STILLBORN_MAX = 3  # deaths before a daemon was healthy even once
 GRACE_S = 15.0  # between asking a daemon to end and killing it
 PROBE_S = 0.1  # between two looks at a daemon that is starting
 TAIL_LINES = 15
+SAYS = "lightning-bus: "  # how the command line begins an error
 HOPELESS = frozenset({CallError.exit_code, StopProcess.exit_code, StorageError.exit_code, VersionError.exit_code})
 
 Stage = Literal["worker", "gateway", "serve", "broker", "train"]
@@ -86,6 +88,10 @@ def prepare(file: RunFile, *, force: bool = False, resume: bool = False) -> Path
     for section, address in binds(table):
         _must_be_free(section, address)
     if resume:
+        # The daemons read run.toml there, so that is where a changed key has to be. One that says the same stays as it
+        # is, its date included, which tells when the run began.
+        if {**to_toml_table(load(directory / "run.toml", _kinds(file))), "run": None} != {**table, "run": None}:
+            _write_run_toml(directory, table)
         return directory
     if directory.exists():
         if not force:
@@ -100,11 +106,29 @@ def prepare(file: RunFile, *, force: bool = False, resume: bool = False) -> Path
         shutil.rmtree(directory)
     try:
         (directory / "logs").mkdir(parents=True)
-        (directory / "run.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
     except OSError as exc:
-        raise ConfigError(f"cannot write the run's directory {directory}: {exc}. Change [run] directory.") from exc
+        raise ConfigError(f"cannot make the run's directory {directory}: {exc}. Change [run] directory.") from exc
+    _write_run_toml(directory, table)
     run_secret(directory)
     return directory
+
+
+def _write_run_toml(directory: Path, table: Mapping[str, Any]) -> None:
+    """Write the resolved run.toml whole or not at all: without one, nobody can go on with the run."""
+    draft = directory / ".run.toml.partial"
+    try:
+        draft.write_text(tomli_w.dumps(table), encoding="utf-8")
+        os.replace(draft, directory / "run.toml")
+    except OSError as exc:
+        raise StorageError(f"cannot write {directory / 'run.toml'}: {exc}. {_free(directory)}") from exc
+
+
+def _kinds(file: RunFile) -> dict[str, type[Section]]:
+    return {name: type(section) for name, section in file.sections.items()}
+
+
+def _free(directory: Path) -> str:
+    return f"{shutil.disk_usage(directory).free / 1e6:.1f} MB are free on that disk. Free space and start again."
 
 
 def binds(table: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -264,6 +288,7 @@ class Supervisor:
     async def _keep(self, daemon: Daemon) -> None:
         """Start the daemon, and again whenever it dies, until the run is complete or it is hopeless."""
         pause_s = PAUSE_S
+        crashes = 0
         while True:
             process = await self._start(daemon)
             started_s = monotonic_s()
@@ -275,16 +300,23 @@ class Supervisor:
                 return
             how = _how_it_ended(code)
             if code in HOPELESS:
-                raise DaemonFailed(f"{daemon.name} ended with {how}:\n{self._last_line(daemon)}", code)
+                way_on = f"When that is mended, go on with: lightning-bus up {self.directory}"
+                raise DaemonFailed(f"{daemon.name} ended with {how}:\n{self._last_words(daemon, code)}\n{way_on}", code)
             if self.restarts[daemon.name] >= RESTARTS_MAX:
                 raise DaemonFailed(f"{daemon.name} {how} after {RESTARTS_MAX} restarts. {self._tail(daemon)}", 1)
             if daemon.probe and daemon.name not in self._healthy and self.restarts[daemon.name] + 1 >= STILLBORN_MAX:
                 raise DaemonFailed(
                     f"{daemon.name} {how}, {STILLBORN_MAX} times without ever being healthy. {self._tail(daemon)}", 1
                 )
-            self._event(f"{daemon.name} died ({how}), restarting")
+            steady = monotonic_s() - started_s > STEADY_S
+            # A signal comes from outside; an error of its own, again and again, comes from what it was given to run.
+            crashes = 0 if steady or code < 0 else crashes + 1
+            if crashes >= CRASHES_MAX:
+                raise DaemonFailed(f"{daemon.name} {how}, {crashes} times in a row. {self._tail(daemon)}", 1)
+            last = self._log_lines(daemon)[-1:] if code > 0 else []
+            self._event(f"{daemon.name} died ({': '.join([how, *last]):.200}), restarting")
             self.restarts[daemon.name] += 1
-            if monotonic_s() - started_s > STEADY_S:
+            if steady:
                 pause_s = PAUSE_S
             await anyio.sleep(pause_s)
             pause_s = min(PAUSE_MAX_S, pause_s * 2)
@@ -351,8 +383,14 @@ class Supervisor:
         except OSError:
             return []
 
-    def _last_line(self, daemon: Daemon) -> str:
+    def _last_words(self, daemon: Daemon, code: int) -> str:
+        """Return the message that a daemon left with, which may have several lines, without the program's name."""
         lines = self._log_lines(daemon)
+        starts = [number for number, line in enumerate(lines) if line.startswith(SAYS)]
+        if starts:
+            return "\n".join(lines[starts[-1] :]).removeprefix(SAYS)
+        if code == StorageError.exit_code:  # then not even these words may have found room
+            return "\n".join([*lines[-1:], f"The disk refused data for {self.directory}. {_free(self.directory)}"])
         return lines[-1] if lines else f"(nothing in {self.directory / 'logs' / daemon.name}.log)"
 
     def _tail(self, daemon: Daemon) -> str:

@@ -188,6 +188,11 @@ def _lock_writer(path: Path) -> Any:
 
 
 def _storage_error(path: Path, verb: str, exc: Exception) -> StorageError:
+    if isinstance(exc, lmdb.MapFullError):
+        return StorageError(
+            f"cannot {verb} the log {path}: {exc}. It has reached [broker] map_bytes_max. Everything acknowledged so far is safe. "
+            "Raise that key and start again: the run goes on where it was."
+        )
     free = shutil.disk_usage(path).free if os.path.exists(path) else 0
     return StorageError(
         f"cannot {verb} the log {path}: {exc} ({free / 1e6:.1f} MB free on that disk). Everything acknowledged so far is safe. "
