@@ -1,0 +1,124 @@
+"""SIGKILL for every process of a ring in turn, and at the worst moments: the run ends as if nothing had happened.
+
+Moments are chosen by what can be seen from outside: a step in metrics.jsonl, a checkpoint that appeared, an engine that
+says it is paused. Where the moment is short the trainer is stopped (SIGSTOP) and looked at before it is killed; when
+it was too late it goes on and the next step is tried.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+from safetensors import safe_open
+
+from lightning_bus import POLICY_WEIGHTS, WeightVersion
+from lightning_bus.log.store import LogReader
+from tests.journeys.ring import LIMIT_S, Ring, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(240)]
+
+
+def published(ring: Ring) -> WeightVersion:
+    """Return the newest weight version that the log knows."""
+    with LogReader(ring.run_dir / "log") as reader:
+        newest = max((one for one in reader.resources() if one.name == POLICY_WEIGHTS), key=lambda one: one.version)
+    return msgspec.msgpack.decode(newest.body, type=WeightVersion)
+
+
+def newest_checkpoint(ring: Ring) -> Path:
+    """Return the newest checkpoint on disk."""
+    return max((ring.run_dir / "checkpoints").glob("step-*.safetensors"))
+
+
+def version_in(checkpoint: Path) -> int:
+    """Return the weight version that a checkpoint holds; a step without anything to learn from makes no new one."""
+    with safe_open(checkpoint, framework="np") as opened:
+        state = opened.get_tensor("state").tobytes()[4:]  # after its checksum
+    return int(msgspec.msgpack.decode(state)["extra"]["version"])
+
+
+def paused(ring: Ring) -> bool:
+    """Return whether the engine stands still for a push."""
+    engine = ring.table["gateway"]["upstreams"][0]
+    return bool(httpx.get(f"{engine}/is_paused", trust_env=False).json()["is_paused"])
+
+
+def stop_trainer_when(ring: Ring, begins: Callable[[], bool], holds: Callable[[], bool]) -> int:
+    """Stop the trainer (SIGSTOP) at a moment that `begins` announces and that still `holds` once it stands; return its pid."""
+    (trainer,) = ring.pids("train")
+    stat = Path(f"/proc/{trainer}/stat")
+    until_s = time.monotonic() + LIMIT_S
+    while time.monotonic() < until_s:
+        if begins():
+            os.kill(trainer, signal.SIGSTOP)
+            wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", "the trainer to stand")
+            if holds():
+                return trainer
+            os.kill(trainer, signal.SIGCONT)
+    raise AssertionError(f"the moment did not come within {LIMIT_S:g} s")
+
+
+def test_any_process_may_be_killed_and_the_run_ends_and_verifies(ring: Ring) -> None:
+    ring.table["train"]["rl"]["steps_max"] = 18
+    ring.start()
+    for number, stage in enumerate(("worker", "gateway", "serve", "train", "broker"), start=1):
+        ring.wait_step(3 * number)
+        ring.kill(stage)
+    assert ring.wait() == 0, ring.said()
+    summary = ring.assert_complete(steps=18)
+    assert summary["rollouts_failed"] == 0
+    for name in ("worker-1", "gateway", "serve", "train", "broker"):
+        assert f"{name} died (signal 9), restarting" in ring.said()
+
+
+def test_a_trainer_killed_between_checkpoint_and_publish_publishes_that_version(ring: Ring) -> None:
+    ring.table["train"]["rl"]["steps_max"] = 12
+    ring.start()
+    ring.wait_step(1)
+    newest = newest_checkpoint(ring)
+
+    def appeared() -> bool:
+        return newest_checkpoint(ring) != newest
+
+    def unpublished() -> bool:
+        nonlocal newest
+        newest = newest_checkpoint(ring)
+        return version_in(newest) > published(ring).version
+
+    os.kill(stop_trainer_when(ring, appeared, unpublished), signal.SIGKILL)
+    before = published(ring)
+    assert ring.wait() == 0, ring.said()
+    ring.assert_complete(steps=12)
+    log = (ring.run_dir / "logs" / "train.log").read_text(encoding="utf-8")
+    resumed = re.search(r"resumed from .*: phase rl, step \d+, version (\d+)", log)
+    assert resumed is not None
+    assert int(resumed[1]) == before.version + 1
+
+
+def test_a_trainer_killed_in_the_middle_of_a_push_pushes_again(ring: Ring) -> None:
+    ring.table["train"]["rl"]["steps_max"] = 12
+    ring.start()
+    ring.wait_step(1)
+    os.kill(stop_trainer_when(ring, lambda: paused(ring), lambda: paused(ring)), signal.SIGKILL)
+    assert ring.wait() == 0, ring.said()
+    ring.assert_complete(steps=12)
+
+
+def test_an_engine_killed_in_the_middle_of_a_push_comes_back_with_that_version(ring: Ring) -> None:
+    ring.table["train"]["rl"]["steps_max"] = 12
+    ring.start()
+    ring.wait_step(1)
+    trainer = stop_trainer_when(ring, lambda: paused(ring), lambda: paused(ring))
+    ring.kill("serve")
+    os.kill(trainer, signal.SIGCONT)
+    assert ring.wait() == 0, ring.said()
+    ring.assert_complete(steps=12)
+    assert "train died" not in ring.said()
