@@ -69,7 +69,8 @@ class LeaseTable:
         return 0 if standing is None else max(0, standing.slots - len(self.held_by.get(worker, ())))
 
     def of_worker(self, worker: str) -> list[Lease]:
-        return [self.leases[rollout_id] for rollout_id in self.held_by.get(worker, ())]
+        """What the worker holds, in an order that does not change from process to process: a history must replay."""
+        return [self.leases[rollout_id] for rollout_id in sorted(self.held_by.get(worker, ()))]
 
     def expired(self, now_s: float) -> list[Lease]:
         """Leases whose time is over, oldest first."""

@@ -174,7 +174,8 @@ def _hello(c: Context, body: m.Hello) -> m.Body:
     mark = c.state.producers.get(c.peer)
     epoch_last = mark.epoch if mark else 0
     resent = mark is not None and body.nonce != b"" and body.nonce == mark.nonce
-    if mark is None or (body.epoch == 0 and not resent):
+    succeeds = body.epoch == epoch_last and body.nonce != b""  # whoever has this epoch asks for the next one
+    if mark is None or ((body.epoch == 0 or succeeds) and not resent):
         # Clients knock before the broker is up and knock again, so several HELLOs may arrive where one was meant.
         mark = ProducerMark(max(epoch_last, body.epoch) + 1, nonce=body.nonce)
         c.state.producers[c.peer] = mark

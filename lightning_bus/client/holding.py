@@ -10,7 +10,7 @@ import anyio
 from lightning_bus import messages as m
 from lightning_bus.client.session import Session
 from lightning_bus.client.spool import check_blob
-from lightning_bus.errors import BrokenError
+from lightning_bus.errors import BrokenError, RemoteProtocolError
 from lightning_bus.spans import Span, encode_spans
 
 BEATS_PER_LEASE = 5
@@ -90,13 +90,15 @@ class Leases:
         while True:
             slots = self._slots
             held = [m.Held(*key) for key in self._held]
+            lost: list[m.Held] = []
             try:
-                beat = await self._session.ask(m.Heartbeat(slots, held), m.Beat, resend_s=interval_s)
-            except BrokenError:
-                continue  # the broker is away; whether our leases live on is its to say when it is back
-            for lost in beat.lost:
-                self._held.pop((lost.rollout_id, lost.attempt), None)
-                callback = self._lost_callbacks.pop((lost.rollout_id, lost.attempt), None)
+                lost = (await self._session.ask(m.Heartbeat(slots, held), m.Beat, resend_s=interval_s)).lost
+            except (BrokenError, RemoteProtocolError):
+                pass  # away, or unreadable: a beat was lost. Whether our leases live on is the broker's to say
+            for attempt in lost:
+                key = attempt.rollout_id, attempt.attempt
+                self._forget(key)
+                callback = self._lost_callbacks.pop(key, None)
                 if callback is not None:
                     callback()
             with anyio.move_on_after(interval_s):
@@ -111,8 +113,12 @@ class Leases:
         try:
             await self._session.ask(body, m.Accepted, blobs, count=len(spans))
         finally:
-            self._held.pop(key, None)
+            self._forget(key)
             self._lost_callbacks.pop(key, None)
-            self._finished[key] = None
-            if len(self._finished) > FINISHED_MAX:
-                self._finished.popitem(last=False)
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        """Ended or lost, an attempt never comes back: a TASK that still names it is an old one, late."""
+        self._held.pop(key, None)
+        self._finished[key] = None
+        if len(self._finished) > FINISHED_MAX:
+            self._finished.popitem(last=False)

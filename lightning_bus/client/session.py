@@ -72,8 +72,12 @@ class Session:
         return self._welcome
 
     async def greet_again(self) -> m.Welcome:
-        """Ask where the broker stands with this producer, after a batch that was refused or whose fate is unknown."""
-        self._welcome = await self.ask(m.Hello(self._role, self.welcome.epoch), m.Welcome)
+        """Begin a new epoch, after a batch that was refused or whose fate is unknown.
+
+        Its number cannot be given to another batch: a copy of it may still be under way, and the broker would take
+        the one that comes second for a resend of the first, and acknowledge it unkept. In a new epoch it is fenced.
+        """
+        self._welcome = await self.ask(m.Hello(self._role, self.welcome.epoch, secrets.token_bytes(8)), m.Welcome)
         return self._welcome
 
     async def ask(self, body: m.Body, kind: type[B], blobs: Sequence[bytes] = (), **how: Any) -> B:
