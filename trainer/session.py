@@ -19,7 +19,6 @@ from typing import Any
 import anyio
 import httpx
 import msgspec
-import torch
 from transformers import PreTrainedModel
 
 from lightning_bus import (
@@ -58,7 +57,7 @@ class Progress:
     parent: int | None = None
     step: int = 0  # of the phase
     submitted_groups: int = 0
-    consumed_groups: int = 0
+    consumed_groups: int = 0  # trained on, or replaced because they taught nothing
     stream: dict[str, Any] = field(default_factory=lambda: {"offset": 0, "consumed": {}})
     evals: dict[str, float] = field(default_factory=dict[str, float])  # version → held-out success
     rewards: list[float] = field(default_factory=list[float])  # mean reward of each step
@@ -69,7 +68,7 @@ class Progress:
 
 
 class Session:
-    """Everything the algorithms share. Make one with `Session.open`."""
+    """Everything the algorithms share."""
 
     def __init__(self, run: RunFile, bus: Client, http: httpx.AsyncClient, engine_urls: Sequence[str]) -> None:
         self.run = run
@@ -86,11 +85,11 @@ class Session:
         # One run, one pair of files: named after the run's directory, so that a resumed trainer takes them over.
         self._slots = WeightSlots(shm_directory(), f"lightning-bus-{_name_of(self.directory)}")
 
-    def resume(self) -> checkpoint.Checkpoint | None:
-        """Take over progress from the newest checkpoint, if there is one. Weights follow with `make_optimizer`."""
+    def resume(self) -> None:
+        """Take over weights and progress from the newest checkpoint, if there is one; see `restore_optimizer` too."""
         path = checkpoint.latest(self.checkpoints)
         if path is None:
-            return None
+            return
         optimizer = Optimizer(self.model, lr=1.0)
         found = checkpoint.load(path, self.model, optimizer)
         self.progress = msgspec.convert(found.extra, Progress)
@@ -101,7 +100,6 @@ class Session:
             self.progress.step,
             self.progress.version,
         )
-        return found
 
     def restore_optimizer(self, optimizer: Optimizer) -> None:
         """Give an optimiser its state back, if the newest checkpoint was made in the middle of its phase."""
@@ -215,10 +213,6 @@ def step_line(metrics: StepMetrics) -> dict[str, float]:
         "step_s": metrics.forward_s + metrics.backward_s + metrics.update_s,
         **metrics.means,
     }
-
-
-def set_threads(count: int) -> None:
-    torch.set_num_threads(count)
 
 
 def _started_ns(run_directory: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import anyio
 import httpx
+import torch
 
 from lightning_bus import CallError, Client, RunFile, StopProcess, wall_ns
 from trainer.algorithms.evaluate import evaluate
@@ -21,7 +22,7 @@ from trainer.config import TrainSection
 from trainer.data.stream import RolloutStream
 from trainer.loading import load_tasks
 from trainer.report import count_log, plot_reward, write_summary
-from trainer.session import Session, set_threads, storing
+from trainer.session import Session, storing
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ POLICY_LIMIT_S = 180.0  # the engine writes the first policy when it starts
 async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> dict[str, Any]:
     """Carry out the run and return its summary, which is also in summary.json."""
     config = run.section(TrainSection)
-    set_threads(config.torch_threads)
+    torch.set_num_threads(config.torch_threads)
     tasks = load_tasks(config.tasks, run.run.seed, "train.tasks")
     held_out = load_tasks(config.held_out, run.run.seed, "train.held_out")
     await wait_for_policy(run.directory / "policy")

@@ -64,6 +64,7 @@ async def reinforce(session: Session, stream: RolloutStream, tasks: Sequence[Any
             progress.parent, progress.version = progress.version, progress.version + 1
         reward_mean = float(np.mean([rollout.reward for rollout in rollouts if rollout.reward is not None] or [0.0]))
         progress.step += 1
+        progress.consumed_groups += len({rollout.group for rollout in batch})
         progress.rewards.append(reward_mean)
         progress.trained = trained_record(rows)
         progress.stream = stream.saved_state()
@@ -130,17 +131,21 @@ async def next_batch(
     while missing and groups_left:
         groups = await stream.next_groups(min(missing, groups_left))
         groups_left -= len(groups)
-        progress.consumed_groups += len(groups)
-        await keep_running_ahead(session, tasks)
         for group in groups:
-            rollouts, _, dropped = scored(group.rollouts)
-            counts.update(dropped)
+            rollouts, dropped = scored(group.rollouts)
+            counts += dropped
             succeeded = drop_failed(rollouts)
             kept = drop_uninformative(succeeded.items)
             counts += succeeded.dropped + kept.dropped
             informative += kept.items
-            missing -= bool(kept.items)
             seen += group.rollouts
+            if kept.items:
+                missing -= 1
+            else:
+                progress.consumed_groups += 1
+        # Only what taught nothing is replaced now. What is trained on makes room after the new version is out: a rollout
+        # begun before that would be a version older than the bound when its turn comes.
+        await keep_running_ahead(session, tasks)
     return informative, seen, counts
 
 
@@ -154,11 +159,8 @@ def rows_and_advantages(
     rewards = [rollout.reward for rollout in batch if rollout.reward is not None]
     advantages = group_advantages(rewards, [rollout.group for rollout in batch], scale=config.scale)
     advantage_of = {rollout.rollout_id: float(advantage) for rollout, advantage in zip(batch, advantages, strict=True)}
-    fresh = drop_stale(
-        [row for rollout in batch for row in rollout.rows],
-        trainer_version=version,
-        staleness_max=config.staleness_max + 1,
-    )
+    rows_all = [row for rollout in batch for row in rollout.rows]
+    fresh = drop_stale(rows_all, trainer_version=version, staleness_max=config.staleness_max)
     short = drop_long(fresh.items, tokens_max=tokens_max)
     rows = drop_unscored(short.items)
     counts.update(fresh.dropped + short.dropped + rows.dropped)

@@ -60,7 +60,7 @@ async def record_teacher(session: Session, stream: RolloutStream, tasks: Sequenc
     teacher = session.train.sft.teacher
     submissions = [submission(f"teacher-{i:05d}", task, TEACHER, model=teacher) for i, task in enumerate(tasks)]
     ended = await stream.carry_out(submissions, session.directory)
-    rollouts, _, dropped = scored(ended)
+    rollouts, dropped = scored(ended)
     kept = drop_failed(rollouts)
     rows = drop_unscored([row for rollout in kept.items for row in rollout.rows])
     reward_mean = sum(rollout.reward or 0.0 for rollout in kept.items) / max(1, len(kept.items))

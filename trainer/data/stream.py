@@ -7,7 +7,7 @@ offset sees the same rollouts in the same order, and takes the same next batch.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +39,8 @@ class RolloutStream:
     group_size: int
     offset: int
     limit_s: float
-    consumed: dict[str, int] = field(
-        default_factory=dict[str, int]
-    )  # training rollouts beyond `offset`: id → first offset
+    # Training rollouts beyond `offset` that were consumed before it was saved: id → first offset.
+    consumed: dict[str, int] = field(default_factory=dict[str, int])
     _assembler: Assembler = field(default_factory=Assembler)
     _groups: OrderedDict[str, list[FinishedRollout]] = field(default_factory=OrderedDict[str, list[FinishedRollout]])
     _complete: deque[Group] = field(default_factory=deque[Group])
@@ -168,18 +167,15 @@ def submission(
     )
 
 
-def scored(rollouts: Sequence[FinishedRollout]) -> tuple[list[ScoredRollout], int, dict[str, int]]:
-    """Return rollouts with their training rows, how many model calls they made, and why calls were left out."""
+def scored(rollouts: Sequence[FinishedRollout]) -> tuple[list[ScoredRollout], Counter[str]]:
+    """Return rollouts with their training rows, and why model calls were left out."""
     result: list[ScoredRollout] = []
-    dropped: dict[str, int] = {}
-    calls = 0
+    dropped: Counter[str] = Counter()
     for rollout in rollouts:
         made = transitions_of(rollout.rollout_id, rollout.attempt, rollout.group, rollout.spans)
-        calls += made.calls
-        for reason, count in made.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
+        dropped += made.dropped
         result.append(ScoredRollout(rollout.rollout_id, rollout.group, rollout.reward, tuple(made.rows)))
-    return result, calls, dropped
+    return result, dropped
 
 
 def _version_of(finished: FinishedRollout) -> int:

@@ -92,7 +92,7 @@ async def test_groups_that_teach_nothing_are_replaced_before_the_batch_is_counte
     assert [one.group for one in seen] == ["a", "a", "b", "b", "c", "c", "d", "d"]
     assert counts == Counter(zero_variance_group=2, failed=1, singleton_group=1)
     assert stream.asked == [2, 1, 1]
-    assert session.progress.consumed_groups == 4
+    assert session.progress.consumed_groups == 2, "what is trained on makes room only after the next version is out"
 
 
 async def test_refilling_has_a_bound(tmp_path: Path) -> None:
@@ -118,9 +118,8 @@ async def test_rollouts_run_ahead_as_far_as_staleness_allows_and_no_further(tmp_
 
 
 def rows_of(*groups: Group) -> list[ScoredRollout]:
-    rollouts, calls, dropped = scored([rollout for one in groups for rollout in one.rollouts])
-    assert calls == len(rollouts)
-    assert dropped == {}
+    rollouts, dropped = scored([rollout for one in groups for rollout in one.rollouts])
+    assert not dropped
     return rollouts
 
 
@@ -137,9 +136,9 @@ def test_every_row_carries_its_rollouts_advantage() -> None:
 def test_rows_leave_after_the_advantages_are_known_and_are_counted() -> None:
     counts: Counter[str] = Counter()
     batch = rows_of(
-        group("old", 0.0, 1.0, version=1),
+        group("old", 0.0, 1.0, version=2),
         group("long", 0.0, 1.0, version=3, tokens=50),
-        group("a", 0.0, 1.0, version=2),
+        group("a", 0.0, 1.0, version=3),
     )
     rows, advantages = rl.rows_and_advantages(batch, CONFIG, 4, 20, counts)
     assert [row.rollout_id for row in rows] == ["a-0", "a-1"]
