@@ -29,6 +29,7 @@ from lightning_bus.resources import Resource
 LOG = b"log"
 TABLES = tuple(table.value.encode() for table in Table)
 READERS_MAX = 512
+FULL_BYTES = 64 << 20  # with less than this free, a disk counts as full
 RECORDS_PER_READ = 1024  # a read transaction is never held longer than this: an old one would pin freed pages
 
 
@@ -39,13 +40,13 @@ class LogWriter:
         self.path = path
         self._lock = _lock_writer(path)
         try:
-            self._env: Any = lmdb.open(
-                str(path), map_size=map_bytes_max, max_dbs=len(TABLES) + 1, max_readers=READERS_MAX, readahead=False
-            )
+            if not (path / "data.mdb").exists():
+                _create(path, map_bytes_max)
+            self._env: Any = _open(path, map_bytes_max)
             self._env.reader_check()  # readers that died hold their slot until someone looks
             self._log: Any = self._env.open_db(LOG)
             self._tables: dict[Table, Any] = {table: self._env.open_db(table.value.encode()) for table in Table}
-        except lmdb.Error as exc:
+        except (lmdb.Error, OSError) as exc:
             self._lock.close()
             raise _storage_error(path, "open", exc) from exc
 
@@ -63,18 +64,23 @@ class LogWriter:
             raise _storage_error(self.path, "write to", exc) from exc
 
     def load(self) -> Snapshot:
-        """Return what a broker needs to go on where the log ends."""
-        with self._env.begin() as txn:
-            return Snapshot(
-                next_offset=_end_offset(txn, self._log),
-                rollouts=[_decode(value, Rollout) for _, value in txn.cursor(self._tables[Table.ROLLOUTS])],
-                producers={
-                    key.decode(): _decode(value, ProducerMark)
-                    for key, value in txn.cursor(self._tables[Table.PRODUCERS])
-                },
-                cursors={key.decode(): _decode(value, int) for key, value in txn.cursor(self._tables[Table.CURSORS])},
-                resources=[_decode(value, Resource) for _, value in txn.cursor(self._tables[Table.RESOURCES])],
-            )
+        """Return what a broker needs to go on where the log ends. Raises StorageError when a table is damaged."""
+        try:
+            with self._env.begin() as txn:
+                return Snapshot(
+                    next_offset=_end_offset(txn, self._log),
+                    rollouts=[_decode(value, Rollout) for _, value in self._pairs(txn, Table.ROLLOUTS)],
+                    producers={
+                        key.decode(): _decode(value, ProducerMark) for key, value in self._pairs(txn, Table.PRODUCERS)
+                    },
+                    cursors={key.decode(): _decode(value, int) for key, value in self._pairs(txn, Table.CURSORS)},
+                    resources=[_decode(value, Resource) for _, value in self._pairs(txn, Table.RESOURCES)],
+                )
+        except (lmdb.Error, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise StorageError(
+                f"the log {self.path} is damaged: {exc}. Its records may still be whole: lightning-bus verify says which. "
+                "Restore it from a backup, or choose another run name."
+            ) from exc
 
     def read(self, offset: int, bytes_max: int) -> tuple[list[bytes], int]:
         """Return encoded records from `offset` on, about bytes_max of them, and the offset after the log's last."""
@@ -84,6 +90,9 @@ class LogWriter:
     def close(self) -> None:
         self._env.close()
         self._lock.close()
+
+    def _pairs(self, txn: Any, table: Table) -> Iterator[tuple[bytes, bytes]]:
+        yield from txn.cursor(self._tables[table])
 
 
 class LogReader:
@@ -172,6 +181,37 @@ def _decode(value: bytes, kind: Any) -> Any:
     return msgspec.msgpack.decode(value, type=kind)
 
 
+def _open(path: Path, map_bytes_max: int) -> Any:
+    return lmdb.open(
+        str(path), map_size=map_bytes_max, max_dbs=len(TABLES) + 1, max_readers=READERS_MAX, readahead=False
+    )
+
+
+def _create(path: Path, map_bytes_max: int) -> None:
+    """Make an empty log that is there whole or not at all.
+
+    LMDB writes a new file's first pages without waiting for the disk: a power cut then leaves a file that nobody can
+    open. So the file is made beside, synced, and moved into place; and since a file is lost with its name, the
+    directories that lead to it are synced too.
+    """
+    draft = path / ".creating"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    env = _open(draft, map_bytes_max)
+    for name in (LOG, *TABLES):
+        env.open_db(name)
+    env.sync(True)
+    env.close()
+    os.replace(draft / "data.mdb", path / "data.mdb")
+    shutil.rmtree(draft)
+    for directory in (path, path.parent, path.parent.parent):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _lock_writer(path: Path) -> Any:
     """Keep a second broker away from this log. The kernel lets go of the lock when this process ends, however it ends."""
     try:
@@ -194,6 +234,13 @@ def _storage_error(path: Path, verb: str, exc: Exception) -> StorageError:
             "Raise that key and start again: the run goes on where it was."
         )
     free = shutil.disk_usage(path).free if os.path.exists(path) else 0
+    # LMDB says EIO for a write that a full disk cut short as well as for a disk that is failing.
+    if free > FULL_BYTES and "Input/output error" in str(exc):
+        return StorageError(
+            f"cannot {verb} the log {path}: {exc}, with {free / 1e6:.0f} MB free: the disk or its filesystem is failing, and what it "
+            "says it has written may not be there. Look at the kernel's log (dmesg), copy the directory elsewhere, and only "
+            "then start again."
+        )
     return StorageError(
         f"cannot {verb} the log {path}: {exc} ({free / 1e6:.1f} MB free on that disk). Everything acknowledged so far is safe. "
         "You can: 1) free space on the disk, 2) start again: the run goes on where it was."
