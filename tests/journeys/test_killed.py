@@ -23,6 +23,8 @@ from lightning_bus import POLICY_WEIGHTS, WeightVersion
 from lightning_bus.log.store import LogReader
 from tests.journeys.ring import LIMIT_S, Ring, wait_until
 
+STEPS = 40  # enough that a moment of some milliseconds in each is met, at two or three steps a second
+
 pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(240)]
 
 
@@ -45,10 +47,15 @@ def version_in(checkpoint: Path) -> int:
     return int(msgspec.msgpack.decode(state)["extra"]["version"])
 
 
-def paused(ring: Ring) -> bool:
-    """Return whether the engine stands still for a push."""
+def stop_trainer_in_a_push(ring: Ring) -> int:
+    """Stop the trainer (SIGSTOP) while the engine stands still for its weights; return its pid."""
     engine = ring.table["gateway"]["upstreams"][0]
-    return bool(httpx.get(f"{engine}/is_paused", trust_env=False).json()["is_paused"])
+    with httpx.Client(base_url=engine, trust_env=False) as client:  # one connection, because the moments are short
+
+        def paused() -> bool:
+            return bool(client.get("/is_paused").json()["is_paused"])
+
+        return stop_trainer_when(ring, paused, paused)
 
 
 def stop_trainer_when(ring: Ring, begins: Callable[[], bool], holds: Callable[[], bool]) -> int:
@@ -80,7 +87,7 @@ def test_any_process_may_be_killed_and_the_run_ends_and_verifies(ring: Ring) -> 
 
 
 def test_a_trainer_killed_between_checkpoint_and_publish_publishes_that_version(ring: Ring) -> None:
-    ring.table["train"]["rl"]["steps_max"] = 12
+    ring.table["train"]["rl"]["steps_max"] = STEPS
     ring.start()
     ring.wait_step(1)
     newest = newest_checkpoint(ring)
@@ -96,7 +103,7 @@ def test_a_trainer_killed_between_checkpoint_and_publish_publishes_that_version(
     os.kill(stop_trainer_when(ring, appeared, unpublished), signal.SIGKILL)
     before = published(ring)
     assert ring.wait() == 0, ring.said()
-    ring.assert_complete(steps=12)
+    ring.assert_complete(steps=STEPS)
     log = (ring.run_dir / "logs" / "train.log").read_text(encoding="utf-8")
     resumed = re.search(r"resumed from .*: phase rl, step \d+, version (\d+)", log)
     assert resumed is not None
@@ -104,21 +111,21 @@ def test_a_trainer_killed_between_checkpoint_and_publish_publishes_that_version(
 
 
 def test_a_trainer_killed_in_the_middle_of_a_push_pushes_again(ring: Ring) -> None:
-    ring.table["train"]["rl"]["steps_max"] = 12
+    ring.table["train"]["rl"]["steps_max"] = STEPS
     ring.start()
     ring.wait_step(1)
-    os.kill(stop_trainer_when(ring, lambda: paused(ring), lambda: paused(ring)), signal.SIGKILL)
+    os.kill(stop_trainer_in_a_push(ring), signal.SIGKILL)
     assert ring.wait() == 0, ring.said()
-    ring.assert_complete(steps=12)
+    ring.assert_complete(steps=STEPS)
 
 
 def test_an_engine_killed_in_the_middle_of_a_push_comes_back_with_that_version(ring: Ring) -> None:
-    ring.table["train"]["rl"]["steps_max"] = 12
+    ring.table["train"]["rl"]["steps_max"] = STEPS
     ring.start()
     ring.wait_step(1)
-    trainer = stop_trainer_when(ring, lambda: paused(ring), lambda: paused(ring))
+    trainer = stop_trainer_in_a_push(ring)
     ring.kill("serve")
     os.kill(trainer, signal.SIGCONT)
     assert ring.wait() == 0, ring.said()
-    ring.assert_complete(steps=12)
+    ring.assert_complete(steps=STEPS)
     assert "train died" not in ring.said()
