@@ -43,6 +43,7 @@ class History:
         self.done: dict[str, int] = {}  # rollout → the attempt whose DONE was accepted
         self.in_attempt: dict[tuple[str, int], list[str]] = defaultdict(list)  # spans acknowledged within an attempt
         self.over = False  # the killing is; finish what is left
+        self.all_submitted = anyio.Event()  # nothing is added to `submitted` any more
         self._progress = anyio.Event()
 
     def ack(self) -> None:
@@ -77,6 +78,7 @@ async def submit(address: str, history: History) -> None:
             await bus.submit([Submission(rollout_id, b"task", max_attempts=100) for rollout_id in ids])
             history.submitted.update(ids)
             history.ack()
+    history.all_submitted.set()
 
 
 async def work(address: str, history: History, finished: anyio.Event) -> None:
@@ -103,6 +105,7 @@ async def work(address: str, history: History, finished: anyio.Event) -> None:
 
 async def finish(address: str, history: History) -> None:
     """Wait until the workers have ended everything that was submitted."""
+    await history.all_submitted.wait()
     async with Client(address) as bus:
         offset = ended = 0
         while ended < len(history.submitted):
