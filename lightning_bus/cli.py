@@ -29,8 +29,8 @@ from rich.table import Table
 
 from lightning_bus.client import BlockingClient
 from lightning_bus.config import BrokerSection, GatewaySection, RunFile, load
-from lightning_bus.daemon import client_address, first_cause, load_run, run_daemon, run_secret, sections
-from lightning_bus.errors import ConfigError, LightningBusError
+from lightning_bus.daemon import client_address, load_run, run_daemon, run_secret, sections
+from lightning_bus.errors import ConfigError, LightningBusError, first_error
 from lightning_bus.log.codec import decode_event
 from lightning_bus.log.store import LogReader
 from lightning_bus.log.verify import Report, verify
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as exc:
-        cause = first_cause(exc)
+        cause = first_error(exc)
         if not isinstance(cause, LightningBusError):
             raise
         if os.environ.get(DEBUG):

@@ -15,13 +15,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import anyio
 from anyio.abc import TaskStatus
 
 from lightning_bus.config import BUS_SECTIONS, RunFile, Section, load
-from lightning_bus.errors import ConfigError, StorageError
+from lightning_bus.errors import ConfigError, StorageError, first_error
 from lightning_bus.tokens import SECRET_BYTES
 
 LIFELINE = "LIGHTNING_BUS_LIFELINE"  # set in the environment of daemons whose stdin is a lifeline
@@ -125,7 +125,7 @@ async def until_stopped(main: Callable[[], Awaitable[None]]) -> int | None:
             failure = exc
         tasks.cancel_scope.cancel()
     if failure is not None:
-        raise first_cause(failure)
+        raise first_error(failure)
     return asked[0] if asked else None
 
 
@@ -140,10 +140,3 @@ async def wait_lifeline_cut() -> None:
     deadline = threading.Timer(END_LIMIT_S, os._exit, args=(1,))
     deadline.daemon = True
     deadline.start()
-
-
-def first_cause(exc: Exception) -> Exception:
-    """Return what a nest of exception groups is about: the first exception in it."""
-    while isinstance(exc, ExceptionGroup):
-        exc = cast(ExceptionGroup[Exception], exc).exceptions[0]
-    return exc

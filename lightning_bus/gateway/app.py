@@ -29,13 +29,13 @@ from lightning_bus import tokens
 from lightning_bus.client import Client
 from lightning_bus.clock import wall_ns
 from lightning_bus.config import GatewaySection
-from lightning_bus.daemon import first_cause
 from lightning_bus.errors import (
     BrokenError,
     BusyError,
     FencedError,
     LightningBusError,
     StopProcess,
+    first_error,
 )
 from lightning_bus.gateway import recording, refusals
 from lightning_bus.gateway.recording import Call, Json
@@ -85,7 +85,7 @@ async def serve_gateway(
                 await _serve_until(stop, section, bus_address, secret, listener, started)
                 tasks.cancel_scope.cancel()
         except ExceptionGroup as exc:
-            raise first_cause(exc) from exc
+            raise first_error(exc) from exc
 
 
 async def _serve_until(
