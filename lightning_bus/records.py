@@ -23,7 +23,7 @@ class Kind(IntEnum):
 class RolloutEvent(msgspec.Struct, frozen=True, array_like=True):
     """One step in a rollout's life, as the log tells it."""
 
-    what: str  # "submit", or a lifecycle.Event
+    what: str  # "submit", a lifecycle.Event, or "replay" or "purge" of one that failed and stays so
     status: str  # after the step
     group: str = ""
     worker: str = ""
@@ -52,7 +52,8 @@ class Record(NamedTuple):
 class Table(StrEnum):
     """State kept beside the records, one value a key."""
 
-    ROLLOUTS = "rollouts"  # rollout_id → messages.Rollout
+    ROLLOUTS = "rollouts"  # rollout_id → messages.Rollout, as it was submitted
+    STANDINGS = "standings"  # rollout_id → messages.Standing, since its first move
     PRODUCERS = "producers"  # producer → ProducerMark
     CURSORS = "cursors"  # name → offset
     RESOURCES = "resources"  # name NUL version → resources.Resource
@@ -66,13 +67,23 @@ class Put(NamedTuple):
     value: bytes
 
 
+class Delete(NamedTuple):
+    """Forget one key of one table."""
+
+    table: Table
+    key: bytes
+
+
 class ProducerMark(msgspec.Struct, frozen=True, array_like=True):
-    """The last batch taken from a producer, and the parts of it that were fenced, so that a resend gets the same answer."""
+    """The last batches taken from a producer, and which parts were fenced, so that a resend gets the same answer."""
 
     epoch: int
     seq: int = 0
-    fenced: list[int] = []
+    fenced: list[int] = []  # of batch `seq`
     nonce: bytes = b""  # of the HELLO that asked for this epoch
+    fenced_before: list[list[int]] = []  # of the batches before it, newest first: as many as may be on the way
+    rollout_id: str = ""  # an agent's: its token lets it append to this attempt only
+    attempt: int = 0
 
 
-Write = Record | Put
+Write = Record | Put | Delete

@@ -28,6 +28,9 @@ FORMAT = 1
 _HEADER = struct.Struct("<4sBBHIIQQIIQQII")
 HEADER_BYTES = _HEADER.size
 _CRC_AT = 12
+_ZERO_CRC = bytes(4)
+_KINDS = {int(kind): kind for kind in Kind}
+_unpack = _HEADER.unpack_from
 assert HEADER_BYTES == 64
 
 
@@ -44,30 +47,34 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(value: bytes | memoryview) -> Record:
-    """Return the record. Raises RemoteProtocolError, naming what does not fit, when the bytes are not one."""
-    value = bytes(value)
-    if len(value) < HEADER_BYTES or value[:4] != MAGIC:
-        raise RemoteProtocolError(f"{len(value)} bytes starting {value[:4]!r} are not a log record")
-    _, kind, form, scope_bytes, count, crc, offset, wall_ns, epoch, attempt, seq, body_bytes, part, _ = (
-        _HEADER.unpack_from(value)
-    )
+    """Return the record; its body is a copy, so `value` may be a view into the log of an open read transaction.
+
+    Raises RemoteProtocolError, naming what does not fit, when the bytes are not a record.
+    """
+    # Once for every record that anybody reads, so quick: the checksum runs over a view, and the body alone is copied.
+    view = memoryview(value)
+    size = len(view)
+    head = bytes(view[:_CRC_AT])
+    if size < HEADER_BYTES or not head.startswith(MAGIC):
+        raise RemoteProtocolError(f"{size} bytes starting {head[:4]!r} are not a log record")
+    _, kind, form, scope_bytes, count, crc, offset, wall_ns, epoch, attempt, seq, body_bytes, part, _ = _unpack(view)
     if form != FORMAT:
         raise RemoteProtocolError(f"record {offset} has format {form}; this version reads format {FORMAT}")
-    if len(value) != HEADER_BYTES + scope_bytes + body_bytes:
-        raise RemoteProtocolError(
-            f"record {offset} should have {HEADER_BYTES + scope_bytes + body_bytes} bytes, has {len(value)}"
-        )
-    zeroed = b"".join((value[:_CRC_AT], b"\0\0\0\0", value[_CRC_AT + 4 :]))
-    if crc32c(zeroed) != crc:
+    body_at = HEADER_BYTES + scope_bytes
+    if size != body_at + body_bytes:
+        raise RemoteProtocolError(f"record {offset} should have {body_at + body_bytes} bytes, has {size}")
+    if crc32c(view[_CRC_AT + 4 :], crc32c(head + _ZERO_CRC)) != crc:
         raise RemoteProtocolError(f"record {offset} is damaged: its checksum does not match")
     try:
-        producer, _, rollout_id = value[HEADER_BYTES : HEADER_BYTES + scope_bytes].decode().partition("\0")
-        return Record(
-            offset=offset, kind=Kind(kind), producer=producer, epoch=epoch, seq=seq, part=part, rollout_id=rollout_id,
-            attempt=attempt, span_count=count, wall_ns=wall_ns, body=value[HEADER_BYTES + scope_bytes :],
-        )  # fmt: skip
-    except ValueError as exc:
+        producer, _, rollout_id = str(view[HEADER_BYTES:body_at], "utf-8").partition("\0")
+    except UnicodeDecodeError as exc:
         raise RemoteProtocolError(f"record {offset} is damaged: {exc}") from exc
+    known = _KINDS.get(kind)
+    if known is None:
+        raise RemoteProtocolError(
+            f"record {offset} is of kind {kind}; this version reads {', '.join(map(str, _KINDS))}"
+        )
+    return Record(offset, known, producer, epoch, seq, part, rollout_id, attempt, count, wall_ns, bytes(view[body_at:]))
 
 
 def encode_event(event: RolloutEvent) -> bytes:

@@ -1,81 +1,98 @@
-"""The LMDB log: one environment, one writing thread, any number of readers in any process.
+"""The log on a disk: LMDB segments, one writing thread, any number of readers in any process.
 
-Durability is LMDB's own: copy-on-write pages, then fdatasync, then a synchronous write of the meta page (sync and
-metasync stay on: without metasync the last acknowledged commit can be lost in a power cut). writemap stays off: with
-it a full disk is a SIGBUS. When `commit` returns, its writes are on disk; when it raises, none of them is, and the
-process must stop, because memory is ahead of the disk from then on.
+Durability is LMDB's own: copy-on-write pages, then fdatasync, then a synchronous write of the meta page. When `commit`
+returns, its writes are on disk; when it raises, none of them is, and the process must stop, because memory is ahead of
+the disk from then on. The log goes on in a new segment between two transactions; `layout` shows how.
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import lmdb
 import msgspec
 
-from lightning_bus.broker.core import Snapshot
-from lightning_bus.errors import CallError, Conflict, StorageError
-from lightning_bus.log.codec import decode_record, encode_record, offset_key
-from lightning_bus.messages import Rollout
-from lightning_bus.records import ProducerMark, Record, Table, Write
-from lightning_bus.resources import Resource
+from lightning_bus.broker.state import Snapshot
+from lightning_bus.errors import Conflict, StorageError
+from lightning_bus.log import layout
+from lightning_bus.log import segments as s
+from lightning_bus.log.backup import copy_log
+from lightning_bus.log.base import check_offset, snapshot_of
+from lightning_bus.log.codec import encode_record, offset_key
+from lightning_bus.log.retention import SegmentInfo
+from lightning_bus.records import Put, Record, Table, Write
 
-LOG = b"log"
-TABLES = tuple(table.value.encode() for table in Table)
-READERS_MAX = 512
-FULL_BYTES = 64 << 20  # with less than this free, a disk counts as full
-RECORDS_PER_READ = 1024  # a read transaction is never held longer than this: an old one would pin freed pages
+SEGMENT_BYTES = 4 << 30
 
 
 class LogWriter:
-    """The only writer of a log. `commit` must always be called from the same thread; reads may come from others."""
+    """The only writer of a log; what its methods promise is written in `base.Log`."""
 
-    def __init__(self, path: Path, *, map_bytes_max: int) -> None:
+    def __init__(self, path: Path, *, map_bytes_max: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Open the log in this directory, or make one there.
+
+        map_bytes_max   how large one segment's map may grow; the rest of a full one can be written after raising it
+        segment_bytes   what a segment's records weigh when the log goes on in the next
+
+        Raises Conflict when another process writes to it, StorageError when it cannot be opened.
+        """
         self.path = path
+        self._map_bytes_max = map_bytes_max
+        self._segment_bytes = max(1, segment_bytes)  # a segment has at least one record, or two would have one name
+        self._newest_wall_ns: dict[int, int] = {}  # of sealed segments, by first offset: those do not change
         self._lock = _lock_writer(path)
         try:
-            if not (path / "data.mdb").exists():
-                _create(path, map_bytes_max)
-            self._env: Any = _open(path, map_bytes_max)
-            self._env.reader_check()  # readers that died hold their slot until someone looks
-            self._log: Any = self._env.open_db(LOG)
-            self._tables: dict[Table, Any] = {table: self._env.open_db(table.value.encode()) for table in Table}
+            layout.remove_litter(path)
+            places = layout.find_segments(path) or [_first_segment(path, map_bytes_max)]
+            newest = s.open_writable(places[-1], min(s.MAP_BYTES_MIN, map_bytes_max))
+            newest.env.reader_check()  # readers that died hold their slot until someone looks
+            self._segments = s.Segments(places, newest)
+            with newest.begin() as txn:
+                self._end_offset = newest.end_offset(txn)
+                self._records_bytes = _weight(txn, newest)
         except (lmdb.Error, OSError) as exc:
             self._lock.close()
-            raise _storage_error(path, "open", exc) from exc
+            raise layout.storage_error(path, "open", exc) from exc
+
+    @property
+    def first_offset(self) -> int:
+        return self._segments.first_offset
+
+    @property
+    def end_offset(self) -> int:
+        return self._end_offset
 
     def commit(self, writes: Sequence[Write]) -> None:
         """Make all writes durable in one transaction. Raises StorageError, having written nothing."""
+        records: list[Record] = []
+        state: dict[tuple[Table, bytes], bytes | None] = {}  # each key once: a group moves a rollout several times
+        for write in writes:
+            if isinstance(write, Record):
+                due = self._end_offset + len(records)
+                assert write.offset == due, f"record {write.offset} comes where {due} is due"
+                records.append(write)
+            else:
+                state[write.table, write.key] = write.value if isinstance(write, Put) else None
         try:
-            with self._env.begin(write=True) as txn:
-                for write in writes:
-                    if isinstance(write, Record):
-                        fresh = txn.put(offset_key(write.offset), encode_record(write), db=self._log, append=True)
-                        assert fresh, f"offset {write.offset} is taken"
-                    else:
-                        txn.put(write.key, write.value, db=self._tables[write.table])
+            if self._records_bytes >= self._segment_bytes:
+                self._go_on_in_a_new_segment()
+            newest = self._segments.newest
+            write_all = partial(self._write, newest, records, state)
+            s.write_growing(newest.env, self._map_bytes_max, write_all, newest.lock)
         except (lmdb.Error, OSError) as exc:
-            raise _storage_error(self.path, "write to", exc) from exc
+            raise layout.storage_error(self.path, "write to", exc) from exc
+        self._end_offset += len(records)
 
     def load(self) -> Snapshot:
         """Return what a broker needs to go on where the log ends. Raises StorageError when a table is damaged."""
+        newest = self._segments.newest
         try:
-            with self._env.begin() as txn:
-                return Snapshot(
-                    next_offset=_end_offset(txn, self._log),
-                    rollouts=[_decode(value, Rollout) for _, value in self._pairs(txn, Table.ROLLOUTS)],
-                    producers={
-                        key.decode(): _decode(value, ProducerMark) for key, value in self._pairs(txn, Table.PRODUCERS)
-                    },
-                    cursors={key.decode(): _decode(value, int) for key, value in self._pairs(txn, Table.CURSORS)},
-                    resources=[_decode(value, Resource) for _, value in self._pairs(txn, Table.RESOURCES)],
-                )
+            with self._segments.lock, newest.begin() as txn:
+                return snapshot_of(self.first_offset, self._end_offset, partial(newest.pairs, txn))
         except (lmdb.Error, msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise StorageError(
                 f"the log {self.path} is damaged: {exc}. Its records may still be whole: lightning-bus verify says which. "
@@ -84,132 +101,89 @@ class LogWriter:
 
     def read(self, offset: int, bytes_max: int) -> tuple[list[bytes], int]:
         """Return encoded records from `offset` on, about bytes_max of them, and the offset after the log's last."""
-        with self._env.begin() as txn:
-            return _read(txn, self._log, offset, bytes_max), _end_offset(txn, self._log)
+        check_offset(offset, self.first_offset)
+        end_offset = self._end_offset  # first, so that no record is returned that lies beyond it
+        if offset >= end_offset:
+            return [], end_offset
+        with self._segments.lock:
+            check_offset(offset, self.first_offset)
+            segment = self._segments.at(self._segments.place_of(offset))
+            with segment.begin() as txn:
+                values, _ = segment.read(txn, offset, bytes_max, bytes)
+        return values[: end_offset - offset], end_offset
+
+    def segments(self) -> list[SegmentInfo]:
+        """Return the log's segments, oldest first."""
+        found: list[SegmentInfo] = []
+        with self._segments.lock:
+            places = self._segments.places
+            ends = [*(place.first_offset for place in places[1:]), self._end_offset]
+            for place, end in zip(places, ends, strict=True):
+                newest_wall_ns = self._newest_wall_ns.get(place.first_offset)
+                if newest_wall_ns is None:
+                    newest_wall_ns = self._segments.at(place).newest_wall_ns()
+                    if place is not places[-1]:
+                        self._newest_wall_ns[place.first_offset] = newest_wall_ns
+                found.append(SegmentInfo(place.first_offset, end, place.file.stat().st_size, newest_wall_ns))
+        return found
+
+    def drop_before(self, offset: int) -> int:
+        """Drop the sealed segments that end at or before `offset`, and return where the log begins then."""
+        with self._segments.lock:
+            places = self._segments.places
+            ends = [place.first_offset for place in places[1:]]
+            dropped = [place for place, end in zip(places, ends, strict=False) if end <= offset]
+            self._segments.close_sealed()
+            self._segments.places = places[len(dropped) :]
+        try:
+            layout.drop_segments(self.path, dropped)
+        except OSError as exc:
+            raise layout.storage_error(self.path, "drop segments of", exc) from exc
+        for place in dropped:
+            self._newest_wall_ns.pop(place.first_offset, None)
+        return self.first_offset
+
+    def backup(self, target: Path) -> int:
+        """Copy the log as it is at one moment into a new directory. Returns the copy's end_offset."""
+        return copy_log(self._segments, lambda: self._segments.places, target)
 
     def close(self) -> None:
-        self._env.close()
+        self._segments.close()
         self._lock.close()
 
-    def _pairs(self, txn: Any, table: Table) -> Iterator[tuple[bytes, bytes]]:
-        yield from txn.cursor(self._tables[table])
-
-
-class LogReader:
-    """A log opened read-only, beside its writer or after it."""
-
-    def __init__(self, path: Path) -> None:
-        if not (path / "data.mdb").exists():
-            raise CallError(f"{path} holds no log (no data.mdb in it). Give a run's directory, such as runs/calc.")
-        try:
-            # map_size 0 is the writer's own; lmdb's default of 10 MiB would end the reader when the log outgrows it.
-            self._env: Any = lmdb.open(
-                str(path), readonly=True, map_size=0, max_dbs=len(TABLES) + 1, max_readers=READERS_MAX, readahead=False
-            )
-            self._log: Any = self._env.open_db(LOG, create=False)
-            self._tables: dict[Table, Any] = {t: self._env.open_db(t.value.encode(), create=False) for t in Table}
-        except lmdb.Error as exc:
-            raise _storage_error(path, "read", exc) from exc
-
-    @property
-    def end_offset(self) -> int:
-        """The offset after the last record."""
-        with self._env.begin() as txn:
-            return _end_offset(txn, self._log)
-
-    def records(self, offset: int = 0) -> Iterator[Record]:
-        """Yield the records from `offset` to the end of the log as it is now. Raises RemoteProtocolError on a damaged one."""
-        for value in self.values(offset):
-            yield decode_record(value)
-
-    def values(self, offset: int = 0) -> Iterator[bytes]:
-        """Yield the encoded records from `offset` on."""
-        while True:
-            with self._env.begin() as txn:
-                cursor = txn.cursor(self._log)
-                if not cursor.set_range(offset_key(offset)):
-                    return
-                batch = [(key, bytes(value)) for (key, value), _ in zip(cursor, range(RECORDS_PER_READ), strict=False)]
-            yield from (value for _, value in batch)
-            offset = int.from_bytes(batch[-1][0], "big") + 1
-
-    def rollouts(self) -> Iterator[Rollout]:
-        """Yield where each rollout stands, by id."""
-        yield from self._values_of(Table.ROLLOUTS, Rollout)
-
-    def resources(self) -> Iterator[Resource]:
-        """Yield every published resource, by name and version."""
-        yield from self._values_of(Table.RESOURCES, Resource)
-
-    def close(self) -> None:
-        self._env.close()
-
-    def __enter__(self) -> LogReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    def _write(
+        self, newest: s.Segment, records: list[Record], state: dict[tuple[Table, bytes], bytes | None], txn: Any
     ) -> None:
-        self.close()
+        # One at a time: encoding a whole group first touches fresh memory for all of it, which costs more than it saves.
+        for record in records:
+            fresh = txn.put(offset_key(record.offset), encode_record(record), db=newest.log, append=True)
+            assert fresh, f"offset {record.offset} is taken"
+        for (table, key), value in state.items():
+            if value is None:
+                txn.delete(key, db=newest.tables[table])
+            else:
+                txn.put(key, value, db=newest.tables[table])
+        self._records_bytes = _weight(txn, newest)
 
-    def _values_of(self, table: Table, kind: Any) -> Iterator[Any]:
-        with self._env.begin() as txn:
-            values = [bytes(value) for _, value in txn.cursor(self._tables[table])]
-        for value in values:
-            yield _decode(value, kind)
-
-
-def _read(txn: Any, log: Any, offset: int, bytes_max: int) -> list[bytes]:
-    values: list[bytes] = []
-    size = 0
-    cursor = txn.cursor(log)
-    if cursor.set_range(offset_key(offset)):
-        for _, value in cursor:
-            size += len(value)
-            if values and (size > bytes_max or len(values) >= RECORDS_PER_READ):
-                break
-            values.append(bytes(value))
-    return values
+    def _go_on_in_a_new_segment(self) -> None:
+        """Between two transactions. Whenever the process dies in here, the log that opens again ends where it ended."""
+        place = s.make_segment(self.path, self._end_offset, self._map_bytes_max, tables_of=self._segments.newest)
+        newest = s.open_writable(place, min(s.MAP_BYTES_MIN, self._map_bytes_max))
+        with self._segments.lock:
+            self._segments.go_on([*self._segments.places, place], newest)
 
 
-def _end_offset(txn: Any, log: Any) -> int:
-    cursor = txn.cursor(log)
-    return int.from_bytes(cursor.key(), "big") + 1 if cursor.last() else 0
+def _first_segment(path: Path, map_bytes_max: int) -> layout.Place:
+    place = s.make_segment(path, 0, map_bytes_max)
+    for directory in (path.parent, path.parent.parent):  # the log's own directory may be new as well
+        layout.sync(directory)
+    return place
 
 
-def _decode(value: bytes, kind: Any) -> Any:
-    return msgspec.msgpack.decode(value, type=kind)
-
-
-def _open(path: Path, map_bytes_max: int) -> Any:
-    return lmdb.open(
-        str(path), map_size=map_bytes_max, max_dbs=len(TABLES) + 1, max_readers=READERS_MAX, readahead=False
-    )
-
-
-def _create(path: Path, map_bytes_max: int) -> None:
-    """Make an empty log that is there whole or not at all.
-
-    LMDB writes a new file's first pages without waiting for the disk: a power cut then leaves a file that nobody can
-    open. So the file is made beside, synced, and moved into place; and since a file is lost with its name, the
-    directories that lead to it are synced too.
-    """
-    draft = path / ".creating"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    env = _open(draft, map_bytes_max)
-    for name in (LOG, *TABLES):
-        env.open_db(name)
-    env.sync(True)
-    env.close()
-    os.replace(draft / "data.mdb", path / "data.mdb")
-    shutil.rmtree(draft)
-    for directory in (path, path.parent, path.parent.parent):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _weight(txn: Any, segment: s.Segment) -> int:
+    """Return what the records of a segment weigh, without its tables: a large state must not fill one by itself."""
+    stat: dict[str, int] = txn.stat(segment.log)
+    return (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]) * stat["psize"]
 
 
 def _lock_writer(path: Path) -> Any:
@@ -218,30 +192,10 @@ def _lock_writer(path: Path) -> Any:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / "writer.lock", "w")  # noqa: SIM115 - held as long as the writer lives
     except OSError as exc:
-        raise _storage_error(path, "open", exc) from exc
+        raise layout.storage_error(path, "open", exc) from exc
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
         lock.close()
         raise Conflict(f"{path} is being written by another broker. Stop it, or choose another run name.") from exc
     return lock
-
-
-def _storage_error(path: Path, verb: str, exc: Exception) -> StorageError:
-    if isinstance(exc, lmdb.MapFullError):
-        return StorageError(
-            f"cannot {verb} the log {path}: {exc}. It has reached [broker] map_bytes_max. Everything acknowledged so far is safe. "
-            "Raise that key and start again: the run goes on where it was."
-        )
-    free = shutil.disk_usage(path).free if os.path.exists(path) else 0
-    # LMDB says EIO for a write that a full disk cut short as well as for a disk that is failing.
-    if free > FULL_BYTES and "Input/output error" in str(exc):
-        return StorageError(
-            f"cannot {verb} the log {path}: {exc}, with {free / 1e6:.0f} MB free: the disk or its filesystem is failing, and what it "
-            "says it has written may not be there. Look at the kernel's log (dmesg), copy the directory elsewhere, and only "
-            "then start again."
-        )
-    return StorageError(
-        f"cannot {verb} the log {path}: {exc} ({free / 1e6:.1f} MB free on that disk). Everything acknowledged so far is safe. "
-        "You can: 1) free space on the disk, 2) start again: the run goes on where it was."
-    )

@@ -4,9 +4,12 @@ One pass over the records, in order, rebuilds every rollout's life, every produc
 weight version, and each check collects what contradicts it. A check that found no offender but had nothing to look
 at says so with a count of 0; it is for the reader to judge whether the run should have had some.
 
-Not proved: that a model call's tokens are what the engine computed (the engine's tests do that), and that a batch
-missing from a producer's numbers was refused rather than lost: a batch whose parts were all fenced leaves no record.
-Their number is reported.
+Where retention has dropped the oldest records, what began in them cannot be proved any more: it is taken as the log
+first tells of it, counted as `unproved`, and everything after that is checked as ever.
+
+Not proved: that a model call's tokens are what the engine computed (the engine's tests do that). And in logs from
+before a batch whose parts were all fenced left an empty record: that a batch missing from a producer's numbers was
+refused rather than lost. Their number is reported.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ import msgspec
 from lightning_bus.errors import LightningBusError, RemoteProtocolError
 from lightning_bus.lifecycle import Event, IllegalMove, Status, next_status
 from lightning_bus.log.codec import decode_event, decode_record
-from lightning_bus.log.store import LogReader
+from lightning_bus.log.reader import LogReader
 from lightning_bus.records import Kind, Record
 from lightning_bus.resources import POLICY_WEIGHTS, Resource, WeightVersion, decode
 from lightning_bus.spans import decode_spans, is_model_call, model_call
 
 OFFENDERS_SHOWN = 5
+ASIDE = frozenset({"replay", "purge"})  # done to a dead letter, which stays one
 REPEATING_PHASES = frozenset({"sft"})  # epochs over the same recorded calls; everything else trains on a call once
 
 
@@ -35,9 +39,12 @@ class Reader(Protocol):
     """What verify asks of a log."""
 
     @property
+    def first_offset(self) -> int: ...
+
+    @property
     def end_offset(self) -> int: ...
 
-    def values(self, offset: int = 0) -> Iterator[bytes]: ...
+    def values(self) -> Iterator[bytes]: ...
 
 
 @dataclass(slots=True)
@@ -50,6 +57,7 @@ class Check:
     offenders: int = 0
     first: list[str] = field(default_factory=list[str])
     note: str = ""
+    unproved: int = 0  # things that cannot be looked at, because what they rest on was dropped
 
     @property
     def proved(self) -> bool:
@@ -67,6 +75,7 @@ class Report:
 
     log: str
     checks: list[Check]
+    first_offset: int = 0  # where the log begins; what was before that has been dropped
 
     @property
     def proved(self) -> bool:
@@ -75,7 +84,7 @@ class Report:
     def to_builtins(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
         checks = [{**msgspec.to_builtins(check), "proved": check.proved} for check in self.checks]
-        return {"log": self.log, "proved": self.proved, "checks": checks}
+        return {"log": self.log, "proved": self.proved, "first_offset": self.first_offset, "checks": checks}
 
 
 def verify(run_dir: Path) -> Report:
@@ -87,10 +96,10 @@ def verify(run_dir: Path) -> Report:
 
 def verify_log(reader: Reader, name: str = "log") -> Report:
     """Return what the records of this log prove."""
-    evidence = Evidence()
+    evidence = Evidence(reader.first_offset)
     for record in evidence.whole_records(reader):
         evidence.take(record)
-    return Report(name, evidence.conclude())
+    return Report(name, evidence.conclude(), evidence.first_offset)
 
 
 @dataclass(slots=True)
@@ -101,12 +110,14 @@ class Life:
     attempt: int = 0
     submits: int = 0
     ends: int = 0
+    began_before: bool = False  # its submission was dropped with the records before the log's first
 
 
 class Evidence:
     """What one pass over the log collects. Feed records in order with `take`, then `conclude`."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_offset: int = 0) -> None:
+        self.first_offset = first_offset
         self.whole = Check("every record is whole and follows its predecessor", "records")
         self.once = Check("every submitted rollout ended exactly once, and terminal was final", "rollouts")
         self.attempts = Check("attempts were numbered 1, 2, … and each move was legal", "moves")
@@ -123,6 +134,8 @@ class Evidence:
         self._batch_last: dict[str, tuple[int, int, int]] = {}  # producer → (epoch, seq, part)
         self._parts_of_ends: set[tuple[str, int, str, int, int]] = set()
         self._batches_missing = 0
+        self._gaps: list[str] = []
+        self._fenced_leave_records = False  # a batch of which nothing was kept left an empty record
         self._versions: dict[int, tuple[int, WeightVersion]] = {}  # version → (offset, record)
         self._trained_by: dict[tuple[str, int, bytes], WeightVersion] = {}
         self._used_at: dict[str, int] = {}  # weight version → newest offset of a call that it produced
@@ -130,7 +143,8 @@ class Evidence:
     def whole_records(self, reader: Reader) -> Iterator[Record]:
         """Yield the records that can be read; note those that cannot, and gaps."""
         check = self.whole
-        expected = 0
+        expected = self.first_offset
+        end_offset = reader.end_offset  # asked first: a log that is being written may grow while it is read
         for value in reader.values():
             check.looked_at += 1
             try:
@@ -143,8 +157,8 @@ class Evidence:
                 check.offend(f"record {record.offset} stands where {expected} should")
             expected = record.offset + 1
             yield record
-        if expected != reader.end_offset:
-            check.offend(f"the log ends at {reader.end_offset}, its records at {expected}")
+        if expected < end_offset:
+            check.offend(f"the log ends at {end_offset}, its records at {expected}")
 
     def take(self, record: Record) -> None:
         """Learn what a record says. One whose body cannot be read is not whole."""
@@ -163,7 +177,9 @@ class Evidence:
         """Return all checks, those that need the whole log included."""
         for rollout_id, life in self._lives.items():
             self.once.looked_at += 1
-            if life.submits != 1:
+            if life.began_before:
+                self.once.unproved += 1
+            if life.submits != 1 and not (life.began_before and life.submits == 0):
                 self.once.offend(f"{rollout_id} was submitted {life.submits} times")
             if life.ends != 1:
                 stands = life.status.value if life.status else "unknown"
@@ -178,17 +194,29 @@ class Evidence:
                 )
             for rollout in weights.trained:
                 life = self._lives.get(rollout.rollout_id)
+                if life is None and self.first_offset > 0:
+                    continue  # counted as unproved, call by call
                 if life is None or life.status is not Status.SUCCEEDED or life.attempt != rollout.attempt:
                     stands = f"{life.status.value} at attempt {life.attempt}" if life and life.status else "unknown"
                     self.trained.offend(
                         f"version {version} trained on {rollout.rollout_id} attempt {rollout.attempt}, which is {stands}"
                     )
-        if self._batches_missing:
-            self.batches.note = f"{self._batches_missing} numbers left no record: batches that were fenced"
-        return [
+        if self._fenced_leave_records:
+            for gap in self._gaps:
+                self.batches.offend(gap)
+        elif self._batches_missing:
+            self.batches.note = f"{self._batches_missing} numbers left no record: batches that were fenced, or lost"
+        checks = [
             self.whole, self.once, self.attempts, self.batches, self.spans_once, self.unfenced,
             self.versions, self.trained, self.trained_once, self.served,
         ]  # fmt: skip
+        for check in checks:
+            if check.unproved:
+                dropped = (
+                    f"{check.unproved} {check.unit} rest on records before {self.first_offset}, which were dropped"
+                )
+                check.note = f"{check.note}; {dropped}" if check.note else dropped
+        return checks
 
     def _take_event(self, record: Record) -> None:
         event = decode_event(record)
@@ -200,24 +228,28 @@ class Evidence:
             if life.submits == 1 and life.status is None:
                 life.status = Status.QUEUED
             return
+        if life.status is None and self.first_offset > 0:
+            # Its beginning was dropped: take it as it stands after this event, and go on from there.
+            life.began_before = True
+            self.attempts.unproved += 1
+            life.status = Status(event.status) if event.status in list(Status) else None
+            life.attempt = record.attempt
+            life.ends += life.status is not None and life.status.terminal  # with this event, or before the first record
+            return
         try:
-            what = Event(event.what)
-            if life.status is None:
-                raise IllegalMove("a rollout that was never submitted cannot " + what.value)
-            status = next_status(life.status, what)
+            status = _status_after(life.status, event.what)
         except ValueError as exc:  # an unknown event, or a move that is not in the table
             self.attempts.offend(f"{here}: {exc}")
             # Go on from where the log says the rollout stands, or one bad event would hide the next.
             status = Status(event.status) if event.status in list(Status) else life.status
-            what = None
         if status is not None and event.status != status.value:
             self.attempts.offend(f"{here}: leads to {status.value}, the log says {event.status}")
-        due = life.attempt + 1 if what is Event.LEASE else life.attempt
+        due = life.attempt + 1 if event.what == Event.LEASE else life.attempt
         if record.attempt != due:
             self.attempts.offend(f"{here}: attempt {record.attempt} where {due} is due")
         life.status = status
         life.attempt = record.attempt
-        if status is not None and status.terminal:
+        if status is not None and status.terminal and event.what not in ASIDE:
             life.ends += 1
 
     def _take_batch(self, record: Record) -> None:
@@ -235,8 +267,14 @@ class Evidence:
         if now <= last:
             self.batches.offend(f"{here} comes after {last[0]}:{last[1]} part {last[2]}")
             return
+        if record.span_count == 0:
+            self._fenced_leave_records = True
         seq_last = last[1] if record.epoch == last[0] else 0
-        self._batches_missing += max(0, record.seq - seq_last - 1)
+        if record.producer not in self._batch_last and self.first_offset > 0:
+            self.batches.unproved += 1  # what it sent before was dropped
+        elif record.seq > seq_last + 1:
+            self._batches_missing += record.seq - seq_last - 1
+            self._gaps.append(f"{here} comes after {record.epoch}:{seq_last}: what was between left no record")
         self._batch_last[record.producer] = now
 
     def _take_spans(self, record: Record) -> None:
@@ -246,6 +284,9 @@ class Evidence:
         if record.rollout_id:
             self.unfenced.looked_at += 1
             life = self._lives[record.rollout_id]
+            if life.status is None and self.first_offset > 0:
+                life.began_before, life.status, life.attempt = True, Status.LEASED, record.attempt
+                self.unfenced.unproved += 1
             if life.status is not Status.LEASED or life.attempt != record.attempt:
                 stands = f"{life.status.value} at attempt {life.attempt}" if life.status else "unknown"
                 self.unfenced.offend(
@@ -276,7 +317,10 @@ class Evidence:
             self.versions.offend(f"version {version} calls itself {weights.version}")
         if self._versions and version <= max(self._versions):
             self.versions.offend(f"version {version} was published after version {max(self._versions)}")
-        if weights.parent is not None and (weights.parent not in self._versions or weights.parent >= version):
+        oldest = min(self._versions, default=version)
+        if self.first_offset > 0 and weights.parent is not None and weights.parent < oldest:
+            self.versions.unproved += 1
+        elif weights.parent is not None and (weights.parent not in self._versions or weights.parent >= version):
             self.versions.offend(f"version {version} has the unpublished parent {weights.parent}")
         self._versions[version] = (record.offset, weights)
         for rollout in weights.trained:
@@ -290,7 +334,10 @@ class Evidence:
         self.trained_once.looked_at += 1
         if call not in self._calls:
             found = self._spans.get(rollout_id, {}).get(span_id)
-            if found is None:
+            life = self._lives.get(rollout_id)
+            if found is None and self.first_offset > 0 and (life is None or life.began_before):
+                self.trained.unproved += 1
+            elif found is None:
                 self.trained.offend(f"{here}, which is not in the log before it")
             elif found != attempt:
                 self.trained.offend(f"{here}, which belongs to attempt {found}")
@@ -302,3 +349,14 @@ class Evidence:
         if before is not None and (before is weights or {before.phase, weights.phase} - REPEATING_PHASES):
             self.trained_once.offend(f"{here}; version {before.version} did already")
         self._trained_by[call] = weights
+
+
+def _status_after(status: Status | None, what: str) -> Status:
+    """Return where an event leads. Raises ValueError when it is unknown, or cannot happen in that status."""
+    if status is None:
+        raise IllegalMove(f"a rollout that was never submitted cannot {what}")
+    if what in ASIDE:
+        if status is not Status.FAILED:
+            raise IllegalMove(f"a rollout that is {status.value} is no dead letter: it cannot {what}")
+        return status
+    return next_status(status, Event(what))

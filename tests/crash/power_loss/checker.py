@@ -4,23 +4,25 @@
 
 prints two JSON objects a state, one before it is opened and one that says what was found.
 
-A state is a moment in a trace that shim.c made of workload.py, and a choice of what was on the disk at that moment.
-Everything synced is; of what was written since, anything may be and anything may be missing, in no order, torn at each
-512 bytes. The state's number and the seed fix both, so a failure is seen again by asking for that state alone.
+A state is a moment in a trace that shim.c made of workload.py, and a choice of what was on the disk at that moment;
+disk.py says what may be chosen. The state's number and the seed fix both, so a failure is seen again by asking for that
+state alone.
 
 Watched: the log opens; it holds the transactions of some beginning of the workload, each whole, records and tables
 alike; none that was acknowledged is missing, and at most the one that was under way is there besides; the log takes the
-next transaction, and then every record from the first on is there, its checksum right. Not watched: the directory that
-holds the file, which is taken to be on disk; disks that lie about a sync, or tear within 512 bytes.
+next transaction, and then every record is there, from the first on that the workload has not dropped, its checksum
+right. Not watched: the run's own directory, which is taken to be on disk; disks that lie about a sync, or tear within
+512 bytes.
 """
 
 from __future__ import annotations
 
 import json
-import struct
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -30,25 +32,14 @@ import lmdb
 from lightning_bus.broker import core
 from lightning_bus.broker.core import Snapshot
 from lightning_bus.errors import LightningBusError, StorageError
-from lightning_bus.log.store import LogReader, LogWriter
+from lightning_bus.log.reader import LogReader
 from lightning_bus.records import Record, Write
 from tests.bus_fixtures import ROOT
 from tests.core_harness import MemoryLog
-from tests.crash.power_loss.workload import MAP_BYTES_MAX, transactions
+from tests.crash.power_loss.disk import Disk, read_trace
+from tests.crash.power_loss.workload import COMMITS_KEPT, open_log, transactions
 
-SECTOR = 512  # what a disk writes whole or not at all
 LOST = "lost"  # how the worst finding starts
-_ENTRY = struct.Struct("<BB6xQQ")
-
-
-class Entry(NamedTuple):
-    """One line of the trace; shim.c says what the kinds mean."""
-
-    kind: str
-    durable: bool
-    offset: int
-    length: int
-    data: bytes
 
 
 class Finding(NamedTuple):
@@ -83,7 +74,7 @@ def main() -> None:
     history = History(list(transactions(seed, commits + 1)))  # one more, for the log to go on with
     dice = {number: Random(f"{seed} {number}") for number in range(first, first + states)}
     cuts = {number: dice[number].randrange(len(entries) + 1) for number in dice}
-    disk = Disk()
+    disk = Disk(trace.parent)
     acked = -1
     happened = 0
     for number, cut in sorted(cuts.items(), key=lambda item: item[1]):
@@ -94,17 +85,21 @@ def main() -> None:
         begun = {"state": number, "cut": cut, "acked": acked}
         print(json.dumps(begun), flush=True)
         under_way = entries[cut] if cut < len(entries) else None
-        file = disk.after_power_loss(dice[number], under_way)
-        print(json.dumps({**begun, "wrong": look(file, scratch, history, acked)}), flush=True)
+        files = disk.after_power_loss(dice[number], under_way)
+        print(json.dumps({**begun, "wrong": look(files, scratch, history, acked)}), flush=True)
 
 
-def look(file: bytes, scratch: Path, history: History, acked: int) -> str:
-    """Open a log whose data.mdb is `file` and return what is wrong with it, or nothing."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / "lock.mdb").unlink(missing_ok=True)
-    (scratch / "data.mdb").write_bytes(file)
+def look(files: Mapping[Path, bytes | None], scratch: Path, history: History, acked: int) -> str:
+    """Open a log in a directory that holds these files and return what is wrong with it, or nothing."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for name, content in files.items():  # directories come before what is in them, without content
+        if content is None:
+            (scratch / name).mkdir()
+        else:
+            (scratch / name).write_bytes(content)
     try:
-        log = LogWriter(scratch, map_bytes_max=MAP_BYTES_MAX)
+        log = open_log(scratch)
         try:
             held = history.held(log.load())
             if held is None:
@@ -118,9 +113,15 @@ def look(file: bytes, scratch: Path, history: History, acked: int) -> str:
                 return f"it opens with {held} transactions and does not take the next"
         finally:
             log.close()
-        with LogReader(scratch) as reader:
-            if list(reader.records()) != history.records(held + 1):
-                return f"of {held + 1} transactions the records are not what was written"
+        with LogReader(scratch / "log") as reader:
+            if reader.first_offset > history.end_offset(max(0, held - COMMITS_KEPT)):
+                return f"it begins at record {reader.first_offset}, which nobody dropped"
+            found = list(reader.records())
+            expected = history.records(held + 1)[reader.first_offset :]
+            if missing := sorted(record.offset for record in set(expected) - set(found)):
+                return f"{LOST}: of {held + 1} transactions the records {missing} are missing or not what was written"
+            if found != expected:
+                return f"of {held + 1} transactions there are records that nobody wrote"
     except StorageError as exc:
         # A log that was still being made when the power went has promised nothing, and may say that it is none.
         return "" if acked < 0 else repr(exc)
@@ -143,96 +144,16 @@ class History:
 
     def held(self, snapshot: Snapshot) -> int | None:
         """Return how many transactions make this snapshot, records and tables together; None when no number does."""
-        return next((i for i, expected in reversed(list(enumerate(self._snapshots))) if expected == snapshot), None)
+        whole = replace(snapshot, first_offset=0)  # what was dropped is looked at on its own
+        return next((i for i, expected in reversed(list(enumerate(self._snapshots))) if expected == whole), None)
+
+    def end_offset(self, count: int) -> int:
+        """Return how many records the first `count` transactions have."""
+        return self._snapshots[count].next_offset
 
     def records(self, count: int) -> list[Record]:
         """Return the records of the first `count` transactions."""
-        return self._records[: self._snapshots[count].next_offset]
-
-
-class Disk:
-    """One file, as the process sees it and as a power cut would leave it."""
-
-    def __init__(self) -> None:
-        self._seen = bytearray()
-        self._durable = bytearray()
-        self._pending: dict[int, list[tuple[int, bytes]]] = {}  # sector → (write, content) since it was last synced
-        self._writes = 0
-
-    def take(self, entry: Entry) -> None:
-        """Let a call of the process happen."""
-        if entry.kind == "W":
-            sectors = self._write(entry)
-            if entry.durable:  # its own bytes are on disk now; what other calls wrote is not
-                _grow(self._durable, entry.offset + entry.length)
-                for sector in sectors:
-                    self._put(self._durable, sector, self._pending.pop(sector)[-1][1])
-        elif entry.kind == "T":
-            raise ValueError(f"the log set its file's size to {entry.length}: tell this model what that leaves on disk")
-        elif entry.kind == "S":
-            self._durable[:] = self._seen
-            self._pending.clear()
-
-    def after_power_loss(self, dice: Random, under_way: Entry | None) -> bytes:
-        """Return a file that a power cut could leave now, while this call is under way."""
-        pending = {sector: list(versions) for sector, versions in self._pending.items()}
-        seen = bytes(self._seen)
-        if under_way is not None and under_way.kind == "W":
-            self._write(under_way)
-            pending, self._pending = self._pending, pending
-        file = bytearray(self._durable)
-        # How long the file is, is written on its own too. What was written beyond its end is not in it.
-        size = dice.choice((len(file), len(self._seen), dice.randint(len(file), len(self._seen))))
-        _grow(file, size)
-        survives = _survivors(dice)
-        for sector, versions in pending.items():
-            kept = [content for write, content in versions if survives(write)]
-            if kept:
-                self._put(file, sector, kept[-1])
-        self._seen[:] = seen
-        return bytes(file[:size])
-
-    def _write(self, entry: Entry) -> range:
-        end = entry.offset + entry.length
-        _grow(self._seen, end)
-        self._seen[entry.offset : end] = entry.data
-        sectors = range(entry.offset // SECTOR, -(-end // SECTOR))
-        self._writes += 1
-        for sector in sectors:
-            content = bytes(self._seen[sector * SECTOR : (sector + 1) * SECTOR])
-            self._pending.setdefault(sector, []).append((self._writes, content))
-        return sectors
-
-    @staticmethod
-    def _put(file: bytearray, sector: int, content: bytes) -> None:
-        _grow(file, sector * SECTOR + len(content))
-        file[sector * SECTOR : sector * SECTOR + len(content)] = content
-
-
-def _survivors(dice: Random) -> Callable[[int], bool]:
-    """Return who decides, sector by sector, whether a write that was never synced reached the disk all the same."""
-    how = dice.choice(("none", "all", "some writes", "some sectors", "most sectors", "few sectors"))
-    if how == "some writes":  # whole, in any order
-        kept: dict[int, bool] = {}
-        return lambda write: kept.setdefault(write, dice.random() < 0.5)
-    chance = {"none": 0.0, "all": 1.0, "some sectors": 0.5, "most sectors": 0.95, "few sectors": 0.05}[how]
-    return lambda write: dice.random() < chance
-
-
-def read_trace(path: Path) -> Iterator[Entry]:
-    """Yield the entries of a trace."""
-    trace = path.read_bytes()
-    at = 0
-    while at < len(trace):
-        kind, durable, offset, length = _ENTRY.unpack_from(trace, at)
-        at += _ENTRY.size
-        data = trace[at : at + length] if chr(kind) in "WA" else b""
-        at += len(data)
-        yield Entry(chr(kind), bool(durable), offset, length, data)
-
-
-def _grow(file: bytearray, size: int) -> None:
-    file.extend(bytes(max(0, size - len(file))))
+        return self._records[: self.end_offset(count)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A broker's log at work: the real core decides, the real LogWriter commits, and a mark follows each commit.
 
-    python -m tests.crash.power_loss.workload DIRECTORY SEED COMMITS [--no-metasync]
+    python -m tests.crash.power_loss.workload DIRECTORY SEED COMMITS [--no-metasync] [--no-names]
 
 The log is DIRECTORY/log, the marks go to DIRECTORY/acks: one when the log is open for the first time, then one each time
 that `commit` has returned. What always holds: the same seed is the same conversation, transaction by transaction, so
@@ -20,13 +20,17 @@ import lmdb
 
 from lightning_bus import messages as m
 from lightning_bus.broker import core
+from lightning_bus.log import layout
 from lightning_bus.log.store import LogWriter
 from lightning_bus.records import Write
 from lightning_bus.resources import Resource
 from tests.core_harness import Desk, MemoryLog
 
 MAP_BYTES_MAX = 1 << 30
+SEGMENT_BYTES = 200_000  # so that the log goes on in a new segment every few transactions
 COMMITS_PER_LIFE = 40  # then the log is closed and opened again, as by a broker that restarts
+COMMITS_PER_DROP = 7  # then the oldest segments are dropped, but for what
+COMMITS_KEPT = 20  # transactions wrote last
 BODY_BYTES = (60, 700, 5_000, 40_000)  # within a page, and over one, several and many
 PRODUCERS = ("p-0", "p-1", "p-2")
 WORKERS = ("w-0", "w-1")
@@ -36,16 +40,26 @@ def main() -> None:
     directory, seed, commits = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     if "--no-metasync" in sys.argv:
         lmdb.open = partial(lmdb.open, metasync=False)  # pyright: ignore[reportAttributeAccessIssue]
+    if "--no-names" in sys.argv:
+        layout.sync = lambda path: None
     acks = os.open(directory / "acks", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    log = LogWriter(directory / "log", map_bytes_max=MAP_BYTES_MAX)
+    log = open_log(directory)
     os.write(acks, b"open\n")
+    ends = [0]
     for number, writes in enumerate(transactions(seed, commits), start=1):
         log.commit(writes)
         os.write(acks, f"{number}\n".encode())
+        ends.append(log.end_offset)
         if number % COMMITS_PER_LIFE == 0:
             log.close()
-            log = LogWriter(directory / "log", map_bytes_max=MAP_BYTES_MAX)
+            log = open_log(directory)
+        if number % COMMITS_PER_DROP == 0:
+            log.drop_before(ends[max(0, number - COMMITS_KEPT)])
     log.close()
+
+
+def open_log(directory: Path) -> LogWriter:
+    return LogWriter(directory / "log", map_bytes_max=MAP_BYTES_MAX, segment_bytes=SEGMENT_BYTES)
 
 
 def transactions(seed: int, count: int) -> Iterator[list[Write]]:
@@ -123,7 +137,7 @@ class Conversation:
 
     def _move_cursor(self) -> None:
         self._cursor = self.dice.randint(self._cursor, len(self.log.records))
-        answer = self._desk.say("t", m.Cursor("trainer", self._cursor))
+        answer = self._desk.say("t", m.Commit("trainer", self._cursor))
         assert isinstance(answer, m.CursorAt)
 
     def _body(self) -> bytes:

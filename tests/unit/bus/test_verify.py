@@ -13,6 +13,7 @@ import pytest
 
 from lightning_bus.errors import CallError
 from lightning_bus.log.codec import encode_event, encode_record, offset_key
+from lightning_bus.log.layout import find_segments
 from lightning_bus.log.store import LogWriter
 from lightning_bus.log.verify import Check, Report, verify
 from lightning_bus.records import Kind, Record, RolloutEvent
@@ -72,9 +73,12 @@ class Story:
         self.spans(rollout_id, attempt, *spans)
         self.event(rollout_id, "succeed", "succeeded", attempt)
 
-    def write(self, run_dir: Path) -> Report:
-        log = LogWriter(run_dir / "log", map_bytes_max=MAP_BYTES)
-        log.commit(self.records)
+    def write(self, run_dir: Path, first_offset: int = 0) -> Report:
+        """Write it to a log of which everything before `first_offset` is dropped again, and verify that."""
+        log = LogWriter(run_dir / "log", map_bytes_max=MAP_BYTES, segment_bytes=1)
+        log.commit(self.records[:first_offset])
+        log.commit(self.records[first_offset:])
+        assert log.drop_before(first_offset) == first_offset
         log.close()
         return verify(run_dir)
 
@@ -157,6 +161,73 @@ def test_batches_that_left_no_record_are_counted(tmp_path: Path) -> None:
     assert "3 numbers left no record" in report.checks[3].note
 
 
+def test_what_a_worker_hands_back_and_what_is_done_to_dead_letters_is_sound(tmp_path: Path) -> None:
+    story = sound()
+    story.event("c", "submit", "queued", 0)
+    for attempt, end in enumerate(("nack", "release", "requeue"), start=1):
+        story.event("c", "lease", "leased", attempt)
+        story.event("c", end, "queued", attempt)
+    story.event("c", "lease", "leased", 4)
+    story.event("c", "fail", "failed", 4)
+    story.event("c", "replay", "failed", 4)
+    story.event("c", "purge", "failed", 4)
+    report = story.write(tmp_path)
+    assert report.proved, broken(report)
+
+
+def test_a_batch_that_was_fenced_whole_is_sound(tmp_path: Path) -> None:
+    story = sound()
+    story.spans("", 0)
+    story.rollout("c", call("c1"))
+    report = story.write(tmp_path)
+    assert report.proved, broken(report)
+    assert report.checks[3].note == ""
+
+
+def _told(story: Story) -> Story:
+    """A run of which the first records will be dropped: a ends in what is dropped, b, c and d in what is kept."""
+    for rollout_id in "bcd":
+        story.event(rollout_id, "submit", "queued", 0)
+        story.event(rollout_id, "lease", "leased", 1)
+    story.spans("b", 1, call("b1"))
+    return story
+
+
+def test_what_rests_on_dropped_records_is_counted_and_the_rest_is_proved(tmp_path: Path) -> None:
+    story = Story()
+    story.weights(0, [], phase="init")
+    story.rollout("a", call("a1"))
+    kept_from = len(_told(story).records)
+    story.event("b", "succeed", "succeeded", 1)
+    story.event("c", "requeue", "queued", 1)
+    story.event("c", "lease", "leased", 2)
+    story.event("c", "cancel", "cancelled", 2)
+    story.spans("d", 1, call("d1"))
+    story.event("d", "succeed", "succeeded", 1)
+    story.weights(1, [trained("a", "a1"), trained("b", "b1"), trained("d", "d1")])
+    story.rollout("e", call("e1", version="1"))
+    report = story.write(tmp_path, first_offset=kept_from)
+    assert report.proved, broken(report)
+    assert report.to_builtins()["first_offset"] == kept_from
+    unproved = {check.promise: check.unproved for check in report.checks if check.unproved}
+    assert [count for promise, count in unproved.items() if promise.startswith(ONCE)] == [3]
+    assert [count for promise, count in unproved.items() if promise.startswith(TRAINED)] == [2]
+    (trained_check,) = [check for check in report.checks if check.promise.startswith(TRAINED)]
+    assert f"2 calls rest on records before {kept_from}, which were dropped" in trained_check.note
+
+
+def test_what_begins_in_the_kept_records_is_checked_as_ever(tmp_path: Path) -> None:
+    story = Story()
+    story.rollout("a", call("a1"))
+    kept_from = len(story.records)
+    story.rollout("b", call("b1"))
+    story.event("b", "fail", "failed", 1)
+    story.weights(1, [trained("b", "no-such")], parent=None)
+    report = story.write(tmp_path, first_offset=kept_from)
+    assert {promise.split()[0] for promise in broken(report)} == {"every", "attempts"}
+    assert any("not in the log before it" in said for check in report.checks for said in check.first)
+
+
 def _still_running(story: Story) -> None:
     story.event("c", "submit", "queued", 0)
     story.event("c", "lease", "leased", 1)
@@ -196,6 +267,16 @@ def _batch_twice(story: Story) -> None:
     story.spans("c", 1, call("c1"))
     story.spans("c", 1, call("c2"), seq=story.seq)
     story.event("c", "succeed", "succeeded", 1)
+
+
+def _batch_lost(story: Story) -> None:
+    story.spans("", 0)  # an empty record: this log accounts for every number
+    story.seq += 1
+    story.rollout("c", call("c1"))
+
+
+def _purged_though_it_succeeded(story: Story) -> None:
+    story.event("a", "purge", "succeeded", 1)
 
 
 def _last_spans_twice(story: Story) -> None:
@@ -302,6 +383,8 @@ TRAINED, TRAINED_ONCE, SERVED = "every call trained on", "no call was trained on
         (_never_submitted, ATTEMPTS, "never submitted"),
         (_never_submitted, ONCE, "c was submitted 0 times"),
         (_batch_twice, BATCHES, "comes after 1:3 part 0"),
+        (_batch_lost, BATCHES, "1:5 part 0 (record 13) comes after 1:3: what was between left no record"),
+        (_purged_though_it_succeeded, ATTEMPTS, "a rollout that is succeeded is no dead letter"),
         (_last_spans_twice, BATCHES, "ended c attempt 1 before"),
         (_span_twice, SPANS, "of rollout 'c' again"),
         (_late_span, FENCED, "a attempt 1, which was succeeded at attempt 1"),
@@ -355,7 +438,7 @@ def _spans_that_are_none(log: Any, txn: Any) -> None:
 @pytest.mark.parametrize("harm", [_flip_a_bit, _delete_the_last, _hole, _foreign_bytes, _spans_that_are_none])
 def test_damage_on_the_disk_is_found(tmp_path: Path, harm: Callable[[Any, Any], None]) -> None:
     assert sound().write(tmp_path).proved
-    env = lmdb.open(str(tmp_path / "log"), map_size=MAP_BYTES, max_dbs=8)
+    env = lmdb.open(str(find_segments(tmp_path / "log")[0].path), map_size=MAP_BYTES, max_dbs=8)
     log = env.open_db(b"log", create=False)
     with env.begin(write=True) as txn:
         harm(log, txn)
