@@ -40,7 +40,14 @@ class BrokerSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     bind: str = "tcp://127.0.0.1:4750"
     lease_s: float = 10.0  # silence after which an attempt is given to another worker; beats come 5 times as often
     max_attempts: int = 5  # per rollout, where the submitter does not say
-    map_bytes_max: int = 1 << 40  # address space, not disk: the log's file grows with its content
+    map_bytes_max: int = 1 << 40  # largest segment the log may grow to; address space, not disk
+    segment_bytes: int = 4 << 30  # the log goes on in a new file after this
+    retain_s: float = 0.0  # drop segments whose newest record is older; 0: keep for ever
+    retain_bytes: int = 0  # drop the oldest segments while the log is larger; 0: no limit
+    drop_read: bool = False  # drop segments that every cursor has passed
+    queued_max: int = 1_000_000  # rollouts waiting for a worker; above this SUBMIT is answered BUSY
+    keys: str = ""  # directory of keys (lightning-bus keys create): connections are encrypted and roles enforced
+    drain_s: float = 10.0  # how long a broker that is told to stop lets workers end what they hold
 
 
 class GatewaySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,6 +58,9 @@ class GatewaySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     admission_wait_s: float = 60.0  # how long a call waits for an engine that is restarting or swapping weights
     request_limit_s: float = 120.0  # one model call, queueing in the engine included
     body_bytes_max: int = 4 << 20
+    calls_per_attempt_max: int = 64  # model calls of one attempt at a time; the next is answered 429
+    health_check_s: float = 2.0  # how often each engine is asked whether it is well
+    overrides: dict[str, Any] = {}  # request fields to set for every call, such as top_p = 1.0; a submission's own win
 
 
 BUS_SECTIONS: dict[str, type[Section]] = {"run": RunSection, "broker": BrokerSection, "gateway": GatewaySection}

@@ -6,6 +6,8 @@
     │   ├── ClosedError           the client was used after it was closed
     │   ├── MessageTooLarge       the message exceeds the limit; checked before it is sent
     │   ├── NotFound              no such rollout, resource or cursor
+    │   ├── RetiredError          the records asked for were dropped by retention
+    │   ├── AccessDenied          the key is unknown or revoked, or its role may not do this
     │   ├── Conflict              a published version or a submitted id exists with other content
     │   └── AgentError            the agent cannot be imported or returned what no agent may return
     ├── TryAgain                  the same call may succeed later
@@ -54,6 +56,14 @@ class MessageTooLarge(CallError):
 
 class NotFound(CallError):
     """The broker knows nothing by that name."""
+
+
+class RetiredError(CallError):
+    """The records asked for were dropped by retention; the message says where the log begins now."""
+
+
+class AccessDenied(CallError):
+    """The key is unknown or revoked, or its role may not do this."""
 
 
 class Conflict(CallError):

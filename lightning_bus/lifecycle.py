@@ -3,6 +3,7 @@
     QUEUED ──lease──► LEASED ──succeed──► SUCCEEDED
       │  ▲               │ ├────fail────► FAILED
       │  └──requeue──────┘ └───cancel───► CANCELLED
+      │     nack, release
       └──cancel──► CANCELLED
 
 Two rules hold everywhere. Terminal is final: no event leads out of SUCCEEDED, FAILED or CANCELLED. And an event
@@ -34,6 +35,8 @@ class Event(StrEnum):
 
     LEASE = "lease"  # a worker takes it: attempt n + 1 begins
     REQUEUE = "requeue"  # its lease ran out or its agent failed in a way that may pass
+    NACK = "nack"  # its worker said: not now
+    RELEASE = "release"  # its worker hands it back as if it had not begun
     SUCCEED = "succeed"  # the agent returned
     FAIL = "fail"  # no attempt is left, or the failure is final
     CANCEL = "cancel"  # nobody wants it any more
@@ -45,6 +48,8 @@ MOVES: dict[tuple[Status, Event], Status] = {
     (Status.QUEUED, Event.LEASE): Status.LEASED,
     (Status.QUEUED, Event.CANCEL): Status.CANCELLED,
     (Status.LEASED, Event.REQUEUE): Status.QUEUED,
+    (Status.LEASED, Event.NACK): Status.QUEUED,
+    (Status.LEASED, Event.RELEASE): Status.QUEUED,
     (Status.LEASED, Event.SUCCEED): Status.SUCCEEDED,
     (Status.LEASED, Event.FAIL): Status.FAILED,
     (Status.LEASED, Event.CANCEL): Status.CANCELLED,

@@ -23,9 +23,14 @@ BLOB_BYTES_MAX = MESSAGE_BYTES_MAX - (1 << 16)  # a blob comes back inside a log
 SUBMISSION_BYTES_MAX = MESSAGE_BYTES_MAX // 2  # it goes out again as a TASK, with its overrides also in the token
 
 
+BUNDLE_MESSAGES_MAX = 1024  # then others get their turn
+APPEND_BYTES_MAX = 64 << 20  # batches a producer may have on the way, together
+APPEND_BATCHES_MAX = 4  # and how many: their verdicts are what the broker remembers of it
+
 # What a log record has room for. Checked when decoding, so that nothing is decided that cannot be written.
 U32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 U63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 
 
 class Op(IntEnum):
@@ -45,7 +50,7 @@ class Op(IntEnum):
     ACKED = 16
     FETCH = 17
     CHUNK = 18
-    CURSOR = 19
+    COMMIT = 19
     CURSOR_AT = 20
     PUT = 21
     GET = 23
@@ -54,6 +59,16 @@ class Op(IntEnum):
     STATUS_IS = 26
     QUERY = 27
     ROLLOUTS = 28
+    NACK = 29
+    RELEASE = 31
+    RESYNC = 34
+    WAIT = 35
+    ENDED = 36
+    WATCH = 37
+    DRAIN = 39
+    REPLAY = 41
+    PURGE = 43
+    BUNDLE = 45
     ERROR = 99
 
 
@@ -84,6 +99,7 @@ class Hello(Body, frozen=True, array_like=True):
     role: str
     epoch: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
     nonce: bytes = b""  # names this request for an incarnation: sent again, it gets the same one
+    token: str = ""  # an agent's: it may append to the attempt that the token names, and to no other
 
 
 class Welcome(Body, frozen=True, array_like=True):
@@ -94,6 +110,8 @@ class Welcome(Body, frozen=True, array_like=True):
     message_bytes_max: int
     lease_s: float
     next_offset: int
+    append_bytes_max: int = APPEND_BYTES_MAX  # credit: what may be on the way to the broker, unacknowledged
+    append_batches_max: int = 1  # and in how many batches
 
 
 class Submission(Body, frozen=True, array_like=True):
@@ -106,6 +124,11 @@ class Submission(Body, frozen=True, array_like=True):
     overrides: dict[str, Any] = {}  # request fields the gateway sets whatever the agent asked (temperature, …)
     labels: dict[str, str] = {}  # for people and filters: phase, split, step …
     max_attempts: U32 = 0  # 0: as the broker is configured
+    priority: Annotated[int, msgspec.Meta(ge=-(1 << 15), lt=1 << 15)] = 0  # higher goes first; waiting raises it
+    timeout_s: Seconds = 0.0  # a whole attempt may take this long; 0: no limit
+    lease_s: Seconds = 0.0  # silence that ends an attempt, 0.1 or more; 0: as the broker is configured
+    delay_s: Seconds = 0.0  # not before this long after it was submitted
+    key: str = ""  # idempotency key: a later submission with it is this rollout, whatever its id; 400 bytes at most
 
 
 class Submit(Body, frozen=True, array_like=True):
@@ -116,10 +139,15 @@ class Accepted(Body, frozen=True, array_like=True):
     """Durable. `fresh` counts what was not known before."""
 
     fresh: int = 0
+    rollout_ids: list[str] = []  # to SUBMIT with keys and to REPLAY: the id of each, in the order asked
 
 
 class Rollout(msgspec.Struct, array_like=True):
-    """A rollout as the broker keeps it."""
+    """A rollout as the broker keeps it.
+
+    One that succeeded or was cancelled, purged or replayed has let go of its task: `submission.task` is empty then,
+    and the log's "submit" event has it.
+    """
 
     submission: Submission
     status: Status
@@ -128,6 +156,31 @@ class Rollout(msgspec.Struct, array_like=True):
     reward: float | None = None
     error: str = ""  # of the last attempt that failed, traceback included
     order: int = 0  # place in the line
+    excused: int = 0  # attempts that do not count against max_attempts: they were handed back
+    ready_wall_ns: int = 0  # while it is delayed: when it may be leased
+    ended_offset: int = 0  # of the record that tells its end
+    replayed_as: str = ""  # a dead letter that was replayed: the id it got
+    purged: bool = False  # a dead letter that nobody wants to see any more
+    delay_s: float = 0.0  # while it is delayed: the whole delay, so that a clock that was set cannot prolong it
+    worker_before: str = ""  # who ended the attempt before this one: what that worker sends again was recorded
+
+
+class Standing(msgspec.Struct, frozen=True, array_like=True):
+    """Where a rollout stands: a Rollout without its submission, which is written once and not at each move."""
+
+    status: Status
+    attempt: int = 0
+    worker: str = ""
+    reward: float | None = None
+    error: str = ""
+    order: int = 0
+    excused: int = 0
+    ready_wall_ns: int = 0
+    ended_offset: int = 0
+    replayed_as: str = ""
+    purged: bool = False
+    delay_s: float = 0.0
+    worker_before: str = ""
 
 
 class Held(Body, frozen=True, array_like=True):
@@ -136,10 +189,11 @@ class Held(Body, frozen=True, array_like=True):
 
 
 class Heartbeat(Body, frozen=True, array_like=True):
-    """A worker's whole standing: what it can hold and what it holds. Stateless, so any beat can be lost."""
+    """A worker's whole standing: what it can hold (its credit) and what it holds. Stateless: any beat can be lost."""
 
     slots: U32
     held: list[Held] = []
+    task_bytes_max: U63 = 0  # what the tasks it holds may weigh together; 0: no limit
 
 
 class Beat(Body, frozen=True, array_like=True):
@@ -158,6 +212,7 @@ class Task(Body, frozen=True, array_like=True):
     lease_s: float
     group: str = ""
     labels: dict[str, str] = {}
+    timeout_s: float = 0.0  # the broker ends the attempt after this; 0: never
 
 
 class Done(Body, frozen=True, array_like=True):
@@ -175,6 +230,22 @@ class Fail(Body, frozen=True, array_like=True):
     attempt: U32
     error: str
     retryable: bool = True
+
+
+class Nack(Body, frozen=True, array_like=True):
+    """Not now: lease it again, to anybody, after `delay_s`. The attempt counts: after the last one the rollout fails."""
+
+    rollout_id: str
+    attempt: U32
+    delay_s: Seconds = 0.0
+    reason: str = ""
+
+
+class Release(Body, frozen=True, array_like=True):
+    """Hand an attempt back as if it had never begun: a worker that stops does. It does not count."""
+
+    rollout_id: str
+    attempt: U32
 
 
 class Cancel(Body, frozen=True, array_like=True):
@@ -201,6 +272,13 @@ class Acked(Body, frozen=True, array_like=True):
     duplicate: bool = False
 
 
+class Resync(Body, frozen=True, array_like=True):
+    """To an APPEND out of turn: the last batch in sequence was seq_last. Send again from the next one on."""
+
+    epoch: int
+    seq_last: int
+
+
 class Fetch(Body, frozen=True, array_like=True):
     """Records from `offset` on. Waits up to wait_ms for the first one."""
 
@@ -216,7 +294,7 @@ class Chunk(Body, frozen=True, array_like=True):
     end_offset: int  # the log's end when this was read
 
 
-class Cursor(Body, frozen=True, array_like=True):
+class Commit(Body, frozen=True, array_like=True):
     """Move the named cursor to `offset`, or ask where it is (None)."""
 
     name: str
@@ -255,6 +333,11 @@ class StatusIs(Body, frozen=True, array_like=True):
     next_offset: int
     requeued: int  # attempts that ended without a result since the broker started
     fenced: int
+    dead: int = 0  # failed rollouts that were neither replayed nor purged
+    delayed: int = 0  # queued ones whose time has not come
+    draining: bool = False
+    first_offset: int = 0  # the oldest record that is still kept
+    refused: dict[str, int] = {}  # requests turned down since the broker started, by error
 
 
 class Query(Body, frozen=True, array_like=True):
@@ -262,10 +345,80 @@ class Query(Body, frozen=True, array_like=True):
 
     rollout_ids: list[str] = []
     limit: U63 = 1000
+    status: str = ""  # only those that stand so
+    dead: bool = False  # only dead letters
+    after: str = ""  # only those submitted after this one: to page on
 
 
 class Rollouts(Body, frozen=True, array_like=True):
     rollouts: list[Rollout]
+
+
+class Wait(Body, frozen=True, array_like=True):
+    """Tell me when these rollouts end, for up to wait_ms. Answered by ENDED at once, and pushed again as they do."""
+
+    rollout_ids: list[str]
+    wait_ms: U63 = 0
+
+
+class End(Body, frozen=True, array_like=True):
+    """How a rollout ended."""
+
+    rollout_id: str
+    status: Status
+    attempt: int
+    reward: float | None = None
+    error: str = ""
+
+
+class Ended(Body, frozen=True, array_like=True):
+    """Those that have ended. `request` in the header is the WAIT's, however often this comes."""
+
+    ended: list[End]
+    open: int  # how many of the WAIT are still to be told of
+
+
+class Watch(Body, frozen=True, array_like=True):
+    """Answered with the newest version of a resource as soon as it is above `above`, with nil after wait_ms."""
+
+    name: str
+    above: int = -1
+    wait_ms: U63 = 0
+
+
+class Drain(Body, frozen=True, array_like=True):
+    """Lease nothing more until told to resume. What is held goes on."""
+
+    resume: bool = False
+
+
+class Replay(Body, frozen=True, array_like=True):
+    """Submit dead letters anew. Each gets a new id; one that was replayed before keeps that."""
+
+    rollout_ids: list[str]
+
+
+class Purge(Body, frozen=True, array_like=True):
+    """Take dead letters off the list. Their history stays in the log."""
+
+    rollout_ids: list[str]
+
+
+class Bundled(Body, frozen=True, array_like=True):
+    """One message of a bundle: its header's own fields, its body, and how many of the blobs are its."""
+
+    op: U32  # an Op; a number here, so that one that is unknown spoils its own message only
+    body: msgspec.Raw
+    request: U63 = 0
+    seq: U63 = 0
+    count: U32 = 0
+    blobs: U32 = 0
+
+
+class Bundle(Body, frozen=True, array_like=True):
+    """Several messages of one sender in one, each handled as if it had come alone, in this order."""
+
+    messages: Annotated[list[Bundled], msgspec.Meta(max_length=BUNDLE_MESSAGES_MAX)]
 
 
 class Error(Body, frozen=True, array_like=True):
@@ -291,7 +444,7 @@ BODIES: dict[Op, type[Body]] = {
     Op.ACKED: Acked,
     Op.FETCH: Fetch,
     Op.CHUNK: Chunk,
-    Op.CURSOR: Cursor,
+    Op.COMMIT: Commit,
     Op.CURSOR_AT: CursorAt,
     Op.PUT: Put,
     Op.GET: Get,
@@ -300,5 +453,15 @@ BODIES: dict[Op, type[Body]] = {
     Op.STATUS_IS: StatusIs,
     Op.QUERY: Query,
     Op.ROLLOUTS: Rollouts,
+    Op.NACK: Nack,
+    Op.RELEASE: Release,
+    Op.RESYNC: Resync,
+    Op.WAIT: Wait,
+    Op.ENDED: Ended,
+    Op.WATCH: Watch,
+    Op.DRAIN: Drain,
+    Op.REPLAY: Replay,
+    Op.PURGE: Purge,
+    Op.BUNDLE: Bundle,
     Op.ERROR: Error,
 }

@@ -12,7 +12,7 @@ from lightning_bus import messages as m
 from lightning_bus import wire
 from lightning_bus.broker import core
 from lightning_bus.log.codec import decode_record, encode_record
-from lightning_bus.records import ProducerMark, Record, Table
+from lightning_bus.records import Delete, ProducerMark, Record, Table
 from lightning_bus.resources import Resource
 
 SECRET = b"s" * 32
@@ -35,13 +35,17 @@ class MemoryLog:
                 self.records.append(write)
             else:
                 assert 0 < len(write.key) <= 511, "LMDB's limit for keys"
-                self.tables[write.table][write.key] = write.value
+                if isinstance(write, Delete):
+                    self.tables[write.table].pop(write.key, None)
+                else:
+                    self.tables[write.table][write.key] = write.value
 
     def snapshot(self) -> core.Snapshot:
         tables = self.tables
         return core.Snapshot(
             next_offset=len(self.records),
             rollouts=[_decode(value, type=m.Rollout) for _, value in sorted(tables[Table.ROLLOUTS].items())],
+            standings={k.decode(): _decode(v, type=m.Standing) for k, v in tables[Table.STANDINGS].items()},
             producers={k.decode(): _decode(v, type=ProducerMark) for k, v in tables[Table.PRODUCERS].items()},
             cursors={k.decode(): _decode(v, type=int) for k, v in tables[Table.CURSORS].items()},
             resources=[_decode(value, type=Resource) for value in tables[Table.RESOURCES].values()],
@@ -51,38 +55,54 @@ class MemoryLog:
 class Desk:
     """A broker without sockets or disk. `now_s` is its clock."""
 
-    def __init__(self, *, max_attempts: int = 3) -> None:
+    def __init__(self, *, max_attempts: int = 3, queued_max: int = 1000) -> None:
         self.log = MemoryLog()
         self.max_attempts = max_attempts
+        self.queued_max = queued_max
         self.now_s = 1000.0
+        self.wall_ns = 1_700_000_000_000_000_000  # moves with now_s in `tick`; a test may set it
+        self.role = ""  # of whoever speaks
         self.last = core.Effects()
         self.tasks: list[tuple[str, m.Task]] = []  # every task ever sent, and to whom
+        self.pushed: list[tuple[str, m.End]] = []  # every end told after the answer to its WAIT, and to whom
         self.state = self.restored()
 
     def restored(self) -> core.BrokerState:
         """Return the state of a broker that opens this log now."""
         return core.restore(
-            self.log.snapshot(), secret=SECRET, lease_s=LEASE_S, max_attempts=self.max_attempts, now_s=self.now_s
-        )
+            self.log.snapshot(), secret=SECRET, lease_s=LEASE_S, max_attempts=self.max_attempts, now_s=self.now_s,
+            wall_ns=self.wall_ns, queued_max=self.queued_max,
+        )  # fmt: skip
 
     def restart(self) -> None:
         self.state = self.restored()
 
     def say(
         self, peer: str, body: m.Body, blobs: list[bytes] | None = None, *, epoch: int = 0, seq: int = 0, count: int = 0,
-        as_: str | None = None,
+        as_: str | None = None, request: int = 7,
     ) -> m.Body:  # fmt: skip
         """Carry out a message and return its answer; tasks it set free are in `tasks`."""
+        self.ask(peer, body, blobs, epoch=epoch, seq=seq, count=count, as_=as_, request=request)
+        answer = self.last.sends[0]
+        assert (answer.peer, answer.request) == (peer, request), "the answer comes before what the message set free"
+        more = [send.body for send in self.last.sends[1:] if send[:2] == (peer, request)]
+        assert all(isinstance(body, m.Ended) for body in more), "every message has one answer, but for a long ENDED"
+        return answer.body
+
+    def ask(
+        self, peer: str, body: m.Body, blobs: list[bytes] | None = None, *, epoch: int = 0, seq: int = 0, count: int = 0,
+        as_: str | None = None, request: int = 7,
+    ) -> list[core.Send]:  # fmt: skip
+        """Carry out a message and return all that is sent; WATCH may have to wait for its answer."""
         frames = wire.encode(
-            body, blobs or [], request=7, producer=peer if as_ is None else as_, epoch=epoch, seq=seq, count=count
+            body, blobs or [], request=request, producer=peer if as_ is None else as_, epoch=epoch, seq=seq, count=count
         )
         message = wire.decode(frames)
-        self._carry_out(core.handle(self.state, peer, *message, now_s=self.now_s, wall_ns=123))
-        answers = [send for send in self.last.sends if send.request == 7]
-        assert len(answers) == 1, "every message has one answer"
-        assert answers[0] is self.last.sends[0], "the answer comes before the tasks that the message set free"
-        assert answers[0].peer == peer
-        return answers[0].body
+        self._carry_out(
+            core.handle(self.state, peer, *message, now_s=self.now_s, wall_ns=self.wall_ns, role=self.role),
+            body,
+        )  # fmt: skip
+        return self.last.sends
 
     def refused(self, peer: str, body: m.Body, blobs: list[bytes] | None = None, **header: int) -> m.Error:
         """Return the refusal of a message that must be refused, and must have written nothing."""
@@ -96,9 +116,16 @@ class Desk:
     def tick(self, after_s: float = 0.0) -> list[tuple[str, m.Task]]:
         """Let time pass and return the tasks that it set free."""
         self.now_s += after_s
+        self.wall_ns += int(after_s * 1e9)
         known = len(self.tasks)
-        self._carry_out(core.tick(self.state, self.now_s, 123))
+        self._carry_out(core.tick(self.state, self.now_s, self.wall_ns))
         return self.tasks[known:]
+
+    def drop_peer(self, peer: str) -> None:
+        self._carry_out(core.drop_peer(self.state, peer, self.now_s, self.wall_ns))
+
+    def forget(self, first_offset: int) -> None:
+        self._carry_out(core.forget(self.state, first_offset))
 
     # -- the usual conversations
 
@@ -124,7 +151,7 @@ class Desk:
     def held(self, worker: str) -> list[tuple[str, int]]:
         return [(lease.rollout_id, lease.attempt) for lease in self.state.table.of_worker(worker)]
 
-    def hello(self, peer: str, **fields: int | bytes) -> m.Welcome:
+    def hello(self, peer: str, **fields: int | bytes | str) -> m.Welcome:
         answer = self.say(peer, m.Hello("test", **fields))  # pyright: ignore[reportArgumentType]
         assert isinstance(answer, m.Welcome), answer
         return answer
@@ -138,12 +165,14 @@ class Desk:
         assert isinstance(answer, m.Rollouts)
         return answer.rollouts[0]
 
-    def _carry_out(self, effects: core.Effects) -> None:
+    def _carry_out(self, effects: core.Effects, asked: m.Body | None = None) -> None:
         self.last = effects
         self.log.commit(effects)
         for send in effects.sends:
             wire.encode(send.body, request=send.request)
+            if isinstance(send.body, m.Ended) and not isinstance(asked, m.Wait):
+                self.pushed += [(send.peer, end) for end in send.body.ended]
             if isinstance(send.body, m.Task):
-                stored = _decode(self.log.tables[Table.ROLLOUTS][send.body.rollout_id.encode()], type=m.Rollout)
+                stored = _decode(self.log.tables[Table.STANDINGS][send.body.rollout_id.encode()], type=m.Standing)
                 assert (stored.attempt, stored.worker) == (send.body.attempt, send.peer), "written before it is sent"
                 self.tasks.append((send.peer, send.body))

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from lightning_bus import messages as m
 from lightning_bus import wire
+from lightning_bus.broker.access import Role
 from lightning_bus.errors import RemoteProtocolError, VersionError
+from lightning_bus.lifecycle import Status
 from lightning_bus.log.codec import decode_record, encode_record
 from lightning_bus.records import Kind, Record
 from lightning_bus.resources import Resource
@@ -31,29 +33,43 @@ plain = (
     | st.binary()
 )
 labels = st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2)
+seconds = st.sampled_from([0.0, 0.05, 0.5, 1e9]) | st.floats(0.0, 1e9)
+keys = st.sampled_from(["", "k-1", "k-2"]) | st.text(max_size=5)
 submissions = st.builds(
     m.Submission, names, st.binary(max_size=50), st.text(max_size=5), st.text(max_size=5),
     st.dictionaries(st.text(max_size=5), st.recursive(plain, lambda inner: st.lists(inner, max_size=2)), max_size=2),
-    labels, U32,
+    labels, U32, st.integers(-(1 << 15), (1 << 15) - 1), seconds, seconds, seconds, keys,
 )  # fmt: skip
 helds = st.builds(m.Held, names, attempts)
 requests = st.one_of(
-    st.builds(m.Hello, st.text(max_size=10), st.integers(0, (1 << 31) - 1), st.binary(max_size=8)),
+    st.builds(m.Hello, st.text(max_size=10), st.integers(0, (1 << 31) - 1), st.binary(max_size=8), st.just("") | st.text()),
     st.builds(m.Submit, st.lists(submissions, max_size=3)),
-    st.builds(m.Heartbeat, U32, st.lists(helds, max_size=3)),
+    st.builds(m.Heartbeat, U32, st.lists(helds, max_size=3), U63),
+    st.builds(m.Nack, names, attempts, seconds, st.text(max_size=20)),
+    st.builds(m.Release, names, attempts),
     st.builds(m.Done, names, attempts, st.none() | st.floats()),
     st.builds(m.Fail, names, attempts, st.text(max_size=50), st.booleans()),
     st.builds(m.Cancel, st.lists(names, max_size=2)),
     st.builds(m.Append, st.lists(st.builds(m.Part, names | st.just(""), attempts, U32), max_size=3)),
     st.builds(m.Put, st.builds(Resource, names, st.integers(-(1 << 63), (1 << 63) - 1), st.binary(max_size=20))),
     st.builds(m.Get, names, st.none() | st.integers(-5, 5)),
-    st.builds(m.Cursor, names, st.none() | U63),
+    st.builds(m.Commit, names, st.none() | U63),
     st.just(m.StatusQuery()),
-    st.builds(m.Query, st.lists(names, max_size=2), U63),
-)
+    st.builds(
+        m.Query, st.lists(names, max_size=2), U63, st.sampled_from(["", "queued", "failed"]) | st.text(max_size=5),
+        st.booleans(), st.just("") | names,
+    ),
+    st.builds(m.Wait, st.lists(names, max_size=3), U63),
+    st.builds(m.Watch, names, st.integers(-2, 5), U63),
+    st.builds(m.Drain, st.booleans()),
+    st.builds(m.Replay, st.lists(names, max_size=2)),
+    st.builds(m.Purge, st.lists(names, max_size=2)),
+)  # fmt: skip
 answers = st.one_of(
     st.builds(m.Welcome, U32, U63, U32, st.floats(allow_nan=False), U63),
-    st.builds(m.Accepted, U32),
+    st.builds(m.Accepted, U32, st.lists(names, max_size=2)),
+    st.builds(m.Resync, U32, U63),
+    st.builds(m.Ended, st.lists(st.builds(m.End, names, st.sampled_from(Status), U32), max_size=2), U32),
     st.builds(m.Beat, st.lists(helds, max_size=2)),
     st.builds(m.Task, names, attempts, st.binary(max_size=20), st.text(max_size=20), st.floats(allow_nan=False)),
     st.builds(m.Acked, U63, st.lists(U32, max_size=3), st.booleans()),
@@ -134,18 +150,22 @@ def test_a_flipped_bit_in_a_header_changes_no_body() -> None:
 @given(
     st.lists(
         st.tuples(requests | answers, st.lists(st.binary(max_size=20), max_size=3), st.integers(0, 3), U32), max_size=8
-    )
+    ),
+    st.sampled_from(["", *Role, "visitor"]),
 )
 def test_whatever_can_be_decoded_can_be_decided_written_and_answered(
-    said: list[tuple[m.Body, list[bytes], int, int]],
+    said: list[tuple[m.Body, list[bytes], int, int]], role: str
 ) -> None:
     desk = Desk()
     desk.submit("r-1", "r-2")
     desk.beat("w", 1)
     desk.hello("w")
     for body, blobs, seq, count in said:
-        desk.say("w", body, blobs, epoch=1, seq=seq, count=count)  # Desk encodes every write and every send
+        desk.ask("w", body, blobs, epoch=1, seq=seq, count=count)  # Desk encodes every write and every send
+        desk.role = role
         desk.tick(3.0)
+        desk.forget(seq)
+    desk.drop_peer("w")
     desk.restart()
 
 

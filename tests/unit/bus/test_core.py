@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from lightning_bus import messages as m
-from lightning_bus.broker import core
+from lightning_bus.broker import moves
 from lightning_bus.lifecycle import Status
 from lightning_bus.log.codec import decode_event
 from lightning_bus.records import Kind, Put, Record, Table
@@ -108,8 +108,9 @@ def test_the_attempt_number_is_written_with_the_task_that_carries_it(desk: Desk)
     desk.submit("r-1")
     desk.beat("w", 1)
     (task,) = [send.body for send in desk.last.sends if isinstance(send.body, m.Task)]
-    (state,) = [w for w in desk.last.writes if isinstance(w, Put) and w.table is Table.ROLLOUTS]
-    assert msgspec.msgpack.decode(state.value, type=m.Rollout).attempt == task.attempt == 1
+    (state,) = [w for w in desk.last.writes if isinstance(w, Put)]
+    assert state.table is Table.STANDINGS
+    assert msgspec.msgpack.decode(state.value, type=m.Standing).attempt == task.attempt == 1
 
 
 def test_a_task_carries_a_token_for_its_attempt_only(desk: Desk) -> None:
@@ -267,12 +268,13 @@ def test_a_retryable_failure_waits_longer_each_time(desk: Desk) -> None:
         desk.beat("w", 1)
         assert desk.tasks[-1][1].attempt == attempt
         assert accepted(desk.say("w", m.Fail("r-1", attempt, "boom"))) == 1
-        waits.append(desk.state.delayed[0][0] - desk.now_s)
+        waits.append((desk.state.delayed.at_s("r-1") or 0.0) - desk.now_s)
         desk.tick(waits[-1] * 0.99)
         desk.beat("w", 1)
         assert desk.rollout().status is Status.QUEUED  # not before its time
-        desk.tick(waits[-1] * 0.01)
-    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+        desk.tick(waits[-1] * 0.02)
+    usual = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert all(0.75 <= wait / wait_usual <= 1.25 for wait, wait_usual in zip(waits, usual, strict=True))
 
 
 def test_thousands_of_attempts_do_not_overflow_the_wait(desk: Desk) -> None:
@@ -313,7 +315,7 @@ def test_a_long_traceback_loses_its_middle_and_says_so(desk: Desk) -> None:
     error = desk.rollout().error
     assert error.startswith("a" * 8192 + "\n")
     assert error.endswith("\n" + "z" * 8192)
-    assert f"{40_000 - core.ERROR_CHARS_MAX} characters cut" in error
+    assert f"{40_000 - moves.ERROR_CHARS_MAX} characters cut" in error
 
 
 def test_the_loser_learns_of_a_cancel_at_its_next_heartbeat(desk: Desk) -> None:
@@ -361,16 +363,14 @@ def test_spans_of_an_attempt_that_is_over_are_fenced(desk: Desk) -> None:
     answer = desk.append("g", epoch, 1, ("r-1", 1, b"late"))
     assert isinstance(answer, m.Acked)
     assert answer.fenced == [0]
-    assert bodies(desk) == []
+    assert b"late" not in bodies(desk)
 
 
-@pytest.mark.parametrize("seq", [0, 2, 4, 5])
-def test_a_batch_out_of_turn_is_refused_and_the_turn_is_named(desk: Desk, seq: int) -> None:
+@pytest.mark.parametrize("seq", [0, 1, 2])
+def test_a_batch_that_no_window_holds_is_refused_and_the_turn_is_named(desk: Desk, seq: int) -> None:
     epoch = desk.hello("g").epoch
-    for number in (1, 2, 3)[: 0 if seq in (0, 2) else 3]:
+    for number in range(1, 3 + m.APPEND_BATCHES_MAX):
         desk.append("g", epoch, number, ("", 0, b"x"))
-    if seq == 4:
-        seq = 1  # long since acknowledged
     error = desk.refused("g", m.Append([m.Part("", 0, 1)]), [b"y"], epoch=epoch, seq=seq)
     assert error.code == "RemoteProtocolError"
     assert "comes" in error.message
@@ -443,7 +443,7 @@ def test_the_newest_version_is_the_default(desk: Desk) -> None:
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 401])
 def test_names_that_no_key_could_hold_are_refused(desk: Desk, name: str) -> None:
     assert desk.refused("t", m.Put(Resource(name, 1, b""))).code == "CallError"
-    assert desk.refused("t", m.Cursor(name, None)).code == "CallError"
+    assert desk.refused("t", m.Commit(name, None)).code == "CallError"
     assert desk.refused(name, m.StatusQuery()).code == "CallError"
 
 
@@ -453,14 +453,14 @@ def test_a_version_below_zero_is_refused(desk: Desk) -> None:
 
 def test_a_cursor_never_goes_back_and_never_leaves_the_log(desk: Desk) -> None:
     desk.submit("r-1", "r-2", "r-3")
-    assert desk.say("t", m.Cursor("c")) == m.CursorAt("c", 0)
-    assert desk.say("t", m.Cursor("c", 2)) == m.CursorAt("c", 2)
-    assert desk.say("t", m.Cursor("c", 2)) == m.CursorAt("c", 2)
+    assert desk.say("t", m.Commit("c")) == m.CursorAt("c", 0)
+    assert desk.say("t", m.Commit("c", 2)) == m.CursorAt("c", 2)
+    assert desk.say("t", m.Commit("c", 2)) == m.CursorAt("c", 2)
     assert not desk.last.writes
-    assert desk.refused("t", m.Cursor("c", 1)).code == "CallError"
-    assert desk.refused("t", m.Cursor("c", 4)).code == "CallError"
+    assert desk.refused("t", m.Commit("c", 1)).code == "CallError"
+    assert desk.refused("t", m.Commit("c", 4)).code == "CallError"
     desk.restart()
-    assert desk.say("t", m.Cursor("c")) == m.CursorAt("c", 2)
+    assert desk.say("t", m.Commit("c")) == m.CursorAt("c", 2)
 
 
 # -- talking

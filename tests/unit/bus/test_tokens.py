@@ -33,6 +33,16 @@ def test_the_claims_cannot_be_exchanged() -> None:
         check(SECRET, theirs.split(".")[0] + "." + mine.split(".")[1])
 
 
+def test_a_token_is_good_until_it_ends_and_not_from_then_on() -> None:
+    ending = Claims("r-1", 2, expires_wall_s=100.0)
+    token = mint(SECRET, ending)
+    assert check(SECRET, token, 99.0) == check(SECRET, token) == ending
+    with pytest.raises(BadToken, match="rollout r-1 attempt 2 expired 7 s ago"):
+        check(SECRET, token, 107.0)
+    with pytest.raises(BadToken, match="expired"):
+        check(SECRET, token, 100.0)
+
+
 @given(st.data())
 def test_no_changed_byte_passes(data: st.DataObject) -> None:
     parts = [bytearray(base64.urlsafe_b64decode(part + "==")) for part in mint(SECRET, CLAIMS).split(".")]
