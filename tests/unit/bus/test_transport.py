@@ -38,7 +38,7 @@ async def test_cancellation_storms_lose_no_message_and_keep_the_order() -> None:
             tasks.start_soon(produce)
             while len(got) < COUNT:
                 with anyio.move_on_after(dice.choice([0, 0, 1e-5, 1e-4])) as scope:
-                    got += [int.from_bytes(frames[1], "big") for frames in await router.receive()]
+                    got += [int.from_bytes(arrived.frames[0], "big") for arrived in await router.receive()]
                 cancelled += scope.cancelled_caught
     assert got == list(range(COUNT))
     assert cancelled > 10
