@@ -7,32 +7,38 @@ weight version. It knows nothing of torch, of agents' frameworks, or of how one 
 
     async with Client("tcp://127.0.0.1:4750") as bus:
         await bus.submit([Submission("r-1", task)])      # durable when this returns
+        (end,) = await bus.wait(["r-1"])                 # told by the broker, not polled
         async for record in bus.follow():                # everything that happened, in one order
             ...
 
 What other packages may use is exported here and in `lightning_bus.adapters`; the rest may change.
 """
 
-from lightning_bus.client import BlockingClient, Client, Leases
+from lightning_bus.client import BlockingClient, Client, Leases, Submitted
 from lightning_bus.clock import monotonic_s, wall_ns
 from lightning_bus.config import BrokerSection, GatewaySection, RunFile, RunSection, Section
 from lightning_bus.daemon import LIFELINE, client_address, load_run, run_daemon
 from lightning_bus.errors import (
+    AccessDenied,
     AgentError,
     BrokenError,
+    BusyError,
     CallError,
     ConfigError,
+    Conflict,
     FencedError,
     LightningBusError,
     NotFound,
+    RetiredError,
     StopProcess,
     StorageError,
 )
-from lightning_bus.gateway.recording import root_of_attempt
 from lightning_bus.http import serve_http
+from lightning_bus.keys import KEY_ENV, adopt_key
 from lightning_bus.lifecycle import Status
 from lightning_bus.log.codec import decode_event
-from lightning_bus.messages import Rollout, StatusIs, Submission, Task
+from lightning_bus.messages import End, Rollout, StatusIs, Submission, Task
+from lightning_bus.otel.traceparent import root_of_attempt
 from lightning_bus.records import Kind, Record, RolloutEvent
 from lightning_bus.resources import POLICY_WEIGHTS, Resource, TrainedRollout, WeightVersion
 from lightning_bus.spans import (
@@ -48,10 +54,11 @@ from lightning_bus.spans import (
 )
 
 __all__ = [
-    "LIFELINE", "POLICY_WEIGHTS", "REWARD", "REWARD_NAME", "REWARD_SPAN_NAME", "AgentError", "BlockingClient",
-    "BrokenError", "BrokerSection", "CallError", "Client", "ConfigError", "FencedError", "GatewaySection", "Kind",
-    "Leases", "LightningBusError", "ModelCall", "NotFound", "Record", "Resource", "Rollout", "RolloutEvent",
-    "RunFile", "RunSection", "Section", "Span", "Status", "StatusIs", "StopProcess", "StorageError", "Submission",
-    "Task", "TrainedRollout", "WeightVersion", "client_address", "decode_event", "decode_spans", "is_model_call",
-    "load_run", "model_call", "monotonic_s", "reward_of", "root_of_attempt", "run_daemon", "serve_http", "wall_ns",
+    "KEY_ENV", "LIFELINE", "POLICY_WEIGHTS", "REWARD", "REWARD_NAME", "REWARD_SPAN_NAME", "AccessDenied", "AgentError",
+    "BlockingClient", "BrokenError", "BrokerSection", "BusyError", "CallError", "Client", "ConfigError", "Conflict",
+    "End", "FencedError", "GatewaySection", "Kind", "Leases", "LightningBusError", "ModelCall", "NotFound", "Record",
+    "Resource", "RetiredError", "Rollout", "RolloutEvent", "RunFile", "RunSection", "Section", "Span", "Status",
+    "StatusIs", "StopProcess", "StorageError", "Submission", "Submitted", "Task", "TrainedRollout", "WeightVersion",
+    "adopt_key", "client_address", "decode_event", "decode_spans", "is_model_call", "load_run", "model_call", "monotonic_s",
+    "reward_of", "root_of_attempt", "run_daemon", "serve_http", "wall_ns",
 ]  # fmt: skip

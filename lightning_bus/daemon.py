@@ -3,6 +3,9 @@
 A daemon ends in one of three ways, all of them orderly: its work is done, it gets SIGTERM or SIGINT, or whoever
 supervises it is gone. The last is seen by a lifeline: the supervisor holds the other end of the daemon's stdin and
 never writes to it, so end-of-file means that the supervisor is dead, however it died. Nothing outlives its run.
+
+An orderly end may take its time: a broker and a worker let attempts end. Who does not want to wait signals again, and
+the process is gone at once. That is safe, as being killed is: nothing was promised that is not on disk.
 """
 
 from __future__ import annotations
@@ -86,27 +89,34 @@ def run_daemon(main: Callable[[], Awaitable[None]]) -> None:
     """Run `main` until it returns, a signal asks for the end, or the supervisor is gone.
 
     On the latter two `main` is cancelled, may end in order, and the process leaves with 128 + the signal's number: only
-    work that is done exits with 0. What `main` raises is raised here, out of the exception groups of task groups.
+    work that is done exits with 0. A second signal ends it in the middle of that, with the same number. What `main` raises is raised here, out of the exception groups of task groups.
     """
     asked = anyio.run(until_stopped, main, backend_options={"use_uvloop": find_spec("uvloop") is not None})
     if asked is not None:
         sys.exit(128 + asked)
 
 
-async def until_stopped(main: Callable[[], Awaitable[None]]) -> int | None:
+async def until_stopped(main: Callable[[], Awaitable[None]], abort: Callable[[int], object] = os._exit) -> int | None:
     """Run `main` as `run_daemon` does; return the signal that ended it, or None when it returned by itself.
 
-    A supervisor that is gone counts as SIGTERM.
+    A supervisor that is gone counts as SIGTERM. `abort` is called with the exit code when a signal comes after that.
     """
     failure: Exception | None = None
     asked: list[int] = []
+    listening = anyio.CancelScope(shield=True)
 
     async with anyio.create_task_group() as tasks:
 
         async def stop_on_signal(*, task_status: TaskStatus[None]) -> None:
-            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            # Shielded, for it is needed most when everything else is cancelled and does not come to its end.
+            with listening, anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 task_status.started()
                 async for number in signals:
+                    if asked:
+                        print(
+                            f"signal {number} again: stopped without waiting for the end", file=sys.stderr, flush=True
+                        )
+                        abort(128 + number)
                     stop(number)
 
         async def stop_without_supervisor() -> None:
@@ -123,6 +133,8 @@ async def until_stopped(main: Callable[[], Awaitable[None]]) -> int | None:
             await main()
         except Exception as exc:
             failure = exc
+        finally:
+            listening.cancel()
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise first_error(failure)

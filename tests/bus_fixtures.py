@@ -38,7 +38,7 @@ from lightning_bus.broker.server import serve_broker
 from lightning_bus.config import BrokerSection
 
 bind, log, lease_s, max_attempts = sys.argv[1:]
-section = BrokerSection(bind=bind, lease_s=float(lease_s), max_attempts=int(max_attempts))
+section = BrokerSection(bind=bind, lease_s=float(lease_s), max_attempts=int(max_attempts), drain_s=0.0)
 anyio.run(lambda: serve_broker(section, Path(log), b"s" * 32, started=lambda address: print(address, flush=True)))
 """
 
@@ -56,7 +56,7 @@ async def broker(
     log_dir: Path, *, bind: str = "tcp://127.0.0.1:*", lease_s: float = 10.0, max_attempts: int = 5
 ) -> AsyncGenerator[str]:
     """Run a broker in this event loop and give its address; when the context ends it has stopped and closed its log."""
-    section = BrokerSection(bind=bind, lease_s=lease_s, max_attempts=max_attempts)
+    section = BrokerSection(bind=bind, lease_s=lease_s, max_attempts=max_attempts, drain_s=0.0)
     address: list[str] = []
     up = anyio.Event()
 
@@ -93,6 +93,12 @@ class BrokerProcess:
         self.address = address
         return address
 
+    def anonymous_mb(self) -> float:
+        """Resident memory beyond mapped files, so beyond the log."""
+        assert self._process is not None
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
     def kill(self) -> None:
         """SIGKILL: no handler runs, nothing is flushed."""
         if self._process is not None:
@@ -121,6 +127,7 @@ class RawPeer:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, name.encode())
         self._socket.connect(address)
+        self.inbox: list[wire.Message] = []  # came in one message with what was received
 
     def send(self, frames: list[bytes]) -> None:
         self._socket.send_multipart(frames)
@@ -135,11 +142,17 @@ class RawPeer:
         return await self.ask_frames(wire.encode(body, blobs or [], producer=self.name, **header))  # pyright: ignore[reportArgumentType]
 
     async def receive(self) -> wire.Message:
+        """Return the next message, out of its bundle if it came in one."""
+
         def wait() -> list[bytes]:
             assert self._socket.poll(20_000), "no answer within 20 s"
             return self._socket.recv_multipart()
 
-        return wire.decode(await anyio.to_thread.run_sync(wait))
+        while not self.inbox:
+            for message in wire.split(wire.decode(await anyio.to_thread.run_sync(wait))):
+                assert isinstance(message, wire.Message)
+                self.inbox.append(message)
+        return self.inbox.pop(0)
 
     def __enter__(self) -> RawPeer:
         return self

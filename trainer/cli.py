@@ -9,7 +9,16 @@ from typing import Annotated
 import msgspec
 import typer
 
-from lightning_bus import BrokerSection, ConfigError, GatewaySection, client_address, load_run, run_daemon
+from lightning_bus import (
+    KEY_ENV,
+    BrokerSection,
+    ConfigError,
+    GatewaySection,
+    adopt_key,
+    client_address,
+    load_run,
+    run_daemon,
+)
 from trainer.config import PolicySection, ServeSection
 
 RunArgument = Annotated[
@@ -17,6 +26,7 @@ RunArgument = Annotated[
 ]
 RunOption = Annotated[Path | None, typer.Option("--run", help="A run's RUN.toml, or its directory (runs/NAME).")]
 BusOption = Annotated[str | None, typer.Option("--bus", help="Address of the broker.")]
+KeyOption = Annotated[Path | None, typer.Option("--key", envvar=KEY_ENV, help="Key file, where the broker wants one.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +39,7 @@ def train(
     run_toml: RunArgument = None,
     run: RunOption = None,
     bus: BusOption = None,
+    key: KeyOption = None,
     engine: Annotated[
         list[str] | None, typer.Option(help="Base URL of an engine to push weights to; repeatable.")
     ] = None,
@@ -46,6 +57,7 @@ def train(
     file = load_run(path)
     bus_address = bus or client_address(file.section(BrokerSection).bind)
     engine_urls = engine or list(file.section(GatewaySection).upstreams)
+    adopt_key("trainer", key, file)
     _log_to_stderr()
     from trainer.training import train as run_training
 
@@ -61,6 +73,7 @@ def serve(
     bind: Annotated[str | None, typer.Option(help="Where to listen: HOST:PORT.")] = None,
     run: RunOption = None,
     bus: BusOption = None,
+    key: KeyOption = None,
 ) -> None:
     """Serve a model over vLLM's HTTP surface, with weights that can be replaced while it runs.
 
@@ -78,6 +91,7 @@ def serve(
         bus = client_address(file.section(BrokerSection).bind)
     if bind is not None:
         section = msgspec.structs.replace(section, bind=bind)
+    adopt_key("trainer", key, file)  # it only reads published versions, which every role may
     _log_to_stderr()
     from trainer.serving.serve import ensure_policy, serve_policy
 

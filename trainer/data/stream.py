@@ -91,11 +91,11 @@ class RolloutStream:
         while True:
             suffix = f"-again{again}" if again else ""
             named = [msgspec.structs.replace(one, rollout_id=one.rollout_id + suffix) for one in submissions]
-            fresh = await self.bus.submit(named)
+            submitted = await self.bus.submit(named)
             ended = await self.wait_ended([one.rollout_id for one in named])
             if any(rollout.status is Status.SUCCEEDED for rollout in ended):
                 return ended
-            if fresh:
+            if submitted.fresh:
                 first = ended[0]
                 reason = (first.error.strip().splitlines() or [first.status.value])[-1]
                 raise AgentError(

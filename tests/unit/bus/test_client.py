@@ -14,7 +14,7 @@ from lightning_bus import BlockingClient, Client, Leases, Resource, Status, Subm
 from lightning_bus import messages as m
 from lightning_bus.errors import BrokenError, ClosedError, FencedError, MessageTooLarge, NotFound, RemoteProtocolError
 from lightning_bus.records import Kind, Record
-from lightning_bus.transport import Channel, bind_router
+from lightning_bus.transport import Channel, Router, bind_router
 from tests.bus_fixtures import NOWHERE, BrokerProcess, broker, span
 
 pytestmark = pytest.mark.anyio
@@ -40,7 +40,7 @@ async def first_task(leases: Leases) -> Task:
 
 async def test_a_rollout_goes_round(tmp_path: Path) -> None:
     async with bus_at(tmp_path) as bus:
-        assert await bus.submit([Submission("r-1", b"task")]) == 1
+        assert await bus.submit([Submission("r-1", b"task")]) == (1, ["r-1"])
         async with bus.lease(1) as leases:
             task = await first_task(leases)
             assert (task.rollout_id, task.attempt, task.task) == ("r-1", 1, b"task")
@@ -100,7 +100,9 @@ async def test_a_chunk_that_is_too_large_is_refused_before_it_is_sent(tmp_path: 
 async def test_after_a_refused_batch_the_next_one_is_taken(tmp_path: Path) -> None:
     async with bus_at(tmp_path) as bus:
         bus._spool._seq = 5  # pyright: ignore[reportPrivateUsage]  # as after a batch whose fate is unknown
-        with pytest.raises(RemoteProtocolError, match="after 1:0 comes 1:1"):
+        with pytest.raises(
+            RemoteProtocolError, match="has batches up to 0 of client-.*, but has acknowledged all before 6"
+        ):
             await bus.append("", 0, [span("refused")])
         await bus.append("", 0, [span("kept")])
         assert [decode_spans(record.body)[0].name for record in await records_of(bus)] == ["kept"]
@@ -139,16 +141,16 @@ async def test_bytes_that_are_no_message_fail_who_waits_and_not_the_client() -> 
     router, address = bind_router("tcp://127.0.0.1:*")
     with router:
 
-        async def answer_badly_once(router: Channel) -> None:
+        async def answer_badly_once(router: Router) -> None:
             bad = True
             while True:
-                for peer, *frames in await router.receive():
+                for peer, _, frames, _ in await router.receive():
                     message = wire.decode(frames)
                     body = (
                         m.Welcome(1, 0, 1 << 24, 10.0, 0) if isinstance(message.body, m.Hello) else m.CursorAt("c", 7)
                     )
                     good = wire.encode(body, request=message.header.request)
-                    if isinstance(message.body, m.Cursor) and bad:
+                    if isinstance(message.body, m.Commit) and bad:
                         good, bad = [good[0], b"\xc1"], False
                     router.send([peer, *good])
 
@@ -193,7 +195,7 @@ async def test_who_waits_when_the_client_closes_is_told(tmp_path: Path, monkeypa
                 for number in range(3):  # one on its way, two in the spool
                     tasks.start_soon(told, bus.append, "", 0, [span(str(number))])
                 tasks.start_soon(told, bus.status)
-                while not bus._spool._batch or len(bus._session._pending) < 2:  # pyright: ignore[reportPrivateUsage]
+                while not bus._spool._on_way or len(bus._session._pending) < 2:  # pyright: ignore[reportPrivateUsage]
                     await anyio.lowlevel.checkpoint()
             with anyio.fail_after(5):
                 while len(failures) < 4:
@@ -325,7 +327,7 @@ async def test_a_cursor_is_kept_for_its_name(tmp_path: Path) -> None:
 def test_blocking_code_does_the_same(tmp_path: Path) -> None:
     with BrokerProcess(tmp_path / "log") as process, BlockingClient(process.address, role="tool") as bus:
         assert bus.session.startswith("tool-")
-        assert bus.submit([Submission("r-1", b"")]) == 1
+        assert bus.submit([Submission("r-1", b"")]).fresh == 1
         bus.append("", 0, [span("a"), span("b")])
         bus.put(Resource("p", 1, b"x"))
         assert bus.get("p") == Resource("p", 1, b"x")

@@ -94,7 +94,7 @@ def test_a_nest_bomb_is_refused() -> None:
 
 def test_a_field_that_this_version_does_not_know_is_ignored() -> None:
     """The evolution promise: fields are appended, so an old reader reads what a new writer sends."""
-    body = msgspec.msgpack.encode([5, "added later"])
+    body = msgspec.msgpack.encode([5, [], "added later"])
     head = msgspec.msgpack.encode(
         [1, int(m.Op.ACCEPTED), 0, "", 0, 0, "", 0, 0, 0, wire.checksum(body, []), "", "added later"]
     )
@@ -105,3 +105,76 @@ def test_a_field_that_an_older_peer_does_not_send_has_its_default() -> None:
     body = msgspec.msgpack.encode([["r-1"]])
     head = msgspec.msgpack.encode([1, int(m.Op.QUERY), 0, "", 0, 0, "", 0, 0, 0, wire.checksum(body, [])])
     assert wire.decode([head, body]).body == m.Query(["r-1"], 1000)
+
+
+# -- bundles
+
+
+def bundled(*messages: wire.Packed) -> list[wire.Message | wire.Unreadable]:
+    """What a peer finds in these messages."""
+    return [inner for frames in wire.join(messages, producer="p", epoch=3) for inner in wire.split(wire.decode(frames))]
+
+
+def test_what_leaves_together_arrives_one_by_one_and_in_order() -> None:
+    first = wire.pack(m.Done("r-1", 1, 0.5), [b"chunk"], request=7, count=2)
+    second = wire.pack(m.Append([m.Part("", 0, 1), m.Part("r-1", 1, 1)]), [b"a", b"b"], request=8, seq=4, count=2)
+    assert len(list(wire.join([first, second]))) == 1
+    one, two = bundled(first, second)
+    assert isinstance(one, wire.Message) and isinstance(two, wire.Message)
+    assert (one.body, one.blobs) == (m.Done("r-1", 1, 0.5), [b"chunk"])
+    assert (two.body, two.blobs) == (m.Append([m.Part("", 0, 1), m.Part("r-1", 1, 1)]), [b"a", b"b"])
+    assert [(h.op, h.request, h.producer, h.epoch, h.seq, h.count) for h in (one.header, two.header)] == [
+        (m.Op.DONE, 7, "p", 3, 0, 2),
+        (m.Op.APPEND, 8, "p", 3, 4, 2),
+    ]
+
+
+def test_a_message_alone_is_no_bundle() -> None:
+    (frames,) = wire.join([wire.pack(m.Accepted(1), request=5)], producer="p")
+    assert frames == wire.encode(m.Accepted(1), request=5, producer="p")
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([wire.pack(m.Accepted())] * (m.BUNDLE_MESSAGES_MAX + 1), 2),
+        ([wire.pack(m.Append([]), [b"x" * 600_000])] * 3, 3),
+        ([wire.pack(m.Append([]), [b""] * 1500)] * 4, 2),
+        ([wire.pack(m.Accepted()), wire.pack(m.Append([]), [b"x" * m.BLOB_BYTES_MAX]), wire.pack(m.Accepted())], 3),
+    ],
+)
+def test_a_bundle_is_bounded_in_messages_bytes_and_blobs(messages: list[wire.Packed], expected: int) -> None:
+    assert len(list(wire.join(messages))) == expected
+    assert [type(inner) for inner in bundled(*messages)] == [wire.Message] * len(messages)
+
+
+def test_a_message_of_a_bundle_that_is_none_concerns_nobody_else() -> None:
+    bad = [
+        m.Bundled(200, msgspec.Raw(b"\x90"), request=1),  # an operation of another version
+        m.Bundled(m.Op.DONE, msgspec.Raw(b"\xc0"), request=2),
+        m.Bundled(m.Op.BUNDLE, msgspec.Raw(msgspec.msgpack.encode(m.Bundle([]))), request=3),  # not nested
+    ]
+    good = m.Bundled(m.Op.STATUS, msgspec.Raw(b"\x90"), request=4, blobs=1)
+    one, two, three, four = wire.split(wire.decode(wire.encode(m.Bundle([*bad, good]), [b"its"])))
+    assert [
+        (inner.request, type(inner.error)) for inner in (one, two, three) if isinstance(inner, wire.Unreadable)
+    ] == [
+        (1, RemoteProtocolError),
+        (2, RemoteProtocolError),
+        (3, RemoteProtocolError),
+    ]
+    assert isinstance(four, wire.Message)
+    assert (four.body, four.blobs) == (m.StatusQuery(), [b"its"])
+
+
+@pytest.mark.parametrize("blobs", [0, 2])
+def test_a_bundle_whose_blobs_do_not_add_up_is_refused_whole(blobs: int) -> None:
+    bundle = m.Bundle([m.Bundled(m.Op.STATUS, msgspec.Raw(b"\x90"), blobs=blobs)])
+    with pytest.raises(RemoteProtocolError, match="other than its 1 blobs"):
+        wire.split(wire.decode(wire.encode(bundle, [b""])))
+
+
+def test_a_bundle_of_too_many_is_refused_before_it_is_read() -> None:
+    bundle = m.Bundle([m.Bundled(m.Op.STATUS, msgspec.Raw(b"\x90"))] * (m.BUNDLE_MESSAGES_MAX + 1))
+    with pytest.raises(RemoteProtocolError, match="length <= 1024"):
+        wire.decode(wire.encode(bundle))
