@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from lightning_bus import BrokerSection, ConfigError, GatewaySection, client_address, load_run, run_daemon
+from lightning_bus import (
+    BrokerSection,
+    ConfigError,
+    GatewaySection,
+    adopt_key,
+    client_address,
+    load_run,
+    run_daemon,
+)
 from workers.agent import load_agent
 from workers.config import WorkerSection
 from workers.pool import run_pool
@@ -32,11 +40,17 @@ def worker(
     processes: Annotated[int | None, typer.Option(min=1, help="Processes; each has its own Python.")] = None,
     bus: Annotated[str | None, typer.Option(help="Address of the broker.")] = None,
     gateway: Annotated[str | None, typer.Option(help="URL of the gateway, as this machine reaches it.")] = None,
+    key: Annotated[
+        Path | None, typer.Option(envvar="LIGHTNING_BUS_KEY", help="This worker's key, where the broker wants one.")
+    ] = None,
 ) -> None:
     """Run an agent: take tasks from the bus, carry them out, report what came of them.
 
     The agent is any function, sync or async. It is given what it names among task, base_url, api_key and rollout, and
-    returns its reward or None. Raising makes the attempt fail, and the rollout is tried again.
+    returns its reward or None. Raising makes the attempt fail, and the rollout is tried again. Raising workers.Nack(30)
+    puts it off for 30 s; raising workers.NonRetryable makes the rollout fail for good.
+
+    SIGTERM or Ctrl-C: takes no more tasks, lets what runs finish for grace_s and hands the rest back. Again: ends at once.
 
     Agents that take no base_url find it in OPENAI_BASE_URL and OPENAI_API_KEY, but only with --concurrency 1: the
     environment belongs to the whole process. Use --processes for more of them.
@@ -58,22 +72,15 @@ def worker(
         (GatewaySection() if file is None else file.section(GatewaySection)).bind
     )
 
+    adopt_key("worker", key, file)
     if section.processes == 1:
 
         async def main() -> None:
             await serve_worker(loaded, section, bus_address=bus, gateway_url=gateway)
 
     else:
-        arguments = [
-            "worker",
-            section.agent,
-            "--concurrency",
-            str(section.concurrency),
-            "--bus",
-            bus,
-            "--gateway",
-            gateway,
-        ]
+        arguments = ["worker", section.agent, "--concurrency", str(section.concurrency), "--bus", bus]
+        arguments += ["--gateway", gateway]
         if run is not None:
             arguments += ["--run", str(run)]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from lightning_bus.lifecycle import Status
 from lightning_bus.log.codec import decode_event
+from lightning_bus.otel.rewards import final_reward
 from lightning_bus.records import Kind, Record
 from lightning_bus.spans import Span, decode_spans
 
@@ -69,17 +70,19 @@ class Assembler:
         if not status.terminal or record.rollout_id not in self._open:
             return None
         rollout = self._open.pop(record.rollout_id)
+        spans = [span for attempt, body in rollout.chunks if attempt == record.attempt for span in decode_spans(body)]
+        reward = event.reward
+        if reward is None:  # its agent returned none, but may have emitted one, in a subprocess or over OTLP
+            reward = final_reward(spans)
         return FinishedRollout(
             rollout_id=record.rollout_id,
             group=event.group,
             labels=event.labels,
             status=status,
             attempt=record.attempt,
-            reward=event.reward if status is Status.SUCCEEDED else None,
+            reward=reward if status is Status.SUCCEEDED else None,
             error=event.error,
-            spans=[
-                span for attempt, body in rollout.chunks if attempt == record.attempt for span in decode_spans(body)
-            ],
+            spans=spans,
             first_offset=rollout.first_offset,
             end_offset=record.offset + 1,
         )

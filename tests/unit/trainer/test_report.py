@@ -22,7 +22,7 @@ async def test_the_log_is_counted_by_how_rollouts_ended(tmp_path: Path) -> None:
         await bus.submit([submission(f"r-{n}", n, TRAIN) for n in range(4)])
         async with bus.lease(3) as leases:
             tasks = [await leases.__anext__() for _ in range(3)]
-            call = span("chat", tasks[0].rollout_id, 1, **{s.OPERATION: s.MODEL_CALL_NAME})
+            call = span("chat", tasks[0].rollout_id, 1, **{s.OPERATION: s.MODEL_CALL_NAME, s.UNTRAINABLE: "no ids"})
             await leases.done(tasks[0], 1.0, [call, span("tool", tasks[0].rollout_id, 1)])
             await leases.done(tasks[1], None)
             await leases.fail(tasks[2], "broken", retryable=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Worker
     calls: list[tuple[WorkerSection, dict[str, str]]] = []
 
     async def serve_worker(agent: Any, section: WorkerSection, **addresses: str) -> None:
+        keys.append(os.environ.get("LIGHTNING_BUS_KEY"))
         calls.append((section, addresses))
 
     def load_run(path: Path) -> RunFile:  # other packages' sections have required keys of their own
@@ -47,6 +49,9 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Worker
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return calls
+
+
+keys: list[str | None] = []  # that the clients of workers would find, newest last
 
 
 def call(*arguments: str) -> None:
@@ -70,6 +75,15 @@ def test_the_run_file_is_the_default_and_flags_win(served: list[tuple[WorkerSect
     [(section, addresses)] = served
     assert (section.agent, section.concurrency) == ("the_users_agent:agent", 8)
     assert addresses == {"bus_address": "tcp://10.0.0.1:1", "gateway_url": "http://127.0.0.1:5002"}
+
+
+def test_a_key_comes_from_the_flag_or_the_environment(
+    served: list[tuple[WorkerSection, dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_BUS_KEY", "environment.key")
+    call("the_users_agent:agent")
+    call("the_users_agent:agent", "--key", "flag.key")
+    assert [Path(str(key)).name for key in keys[-2:]] == ["environment.key", "flag.key"]
 
 
 def test_a_wrong_agent_is_told_before_anything_starts(served: list[tuple[WorkerSection, dict[str, str]]]) -> None:

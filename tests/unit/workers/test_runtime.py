@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from lightning_bus import REWARD_SPAN_NAME, BrokenError, FencedError, Span, Task, reward_of, root_of_attempt
+from workers import Nack, NonRetryable
 from workers.agent import agent_of
 from workers.config import WorkerSection
 from workers.context import RolloutContext
@@ -39,12 +40,13 @@ class Leases:
     reports: dict[str, tuple[str, Any, list[Span]]] = field(default_factory=dict[str, tuple[str, Any, list[Span]]])
     lost: dict[str, Callable[[], None]] = field(default_factory=dict[str, Callable[[], None]])
     slots: int = 0
+    task_bytes_max: int = 0
     expected: int = 0
     _ended: anyio.Event = field(default_factory=anyio.Event)
 
     @asynccontextmanager
-    async def lease(self, slots: int) -> AsyncGenerator[Leases]:
-        self.slots = slots
+    async def lease(self, slots: int, *, task_bytes_max: int = 0) -> AsyncGenerator[Leases]:
+        self.slots, self.task_bytes_max = slots, task_bytes_max
         self.expected = len(self.tasks)
         yield self
 
@@ -62,6 +64,12 @@ class Leases:
 
     async def fail(self, task: Task, error: str, *, retryable: bool = True, spans: Sequence[Span] = ()) -> None:
         self._report(task, "again" if retryable else "final", error, spans)
+
+    async def nack(self, task: Task, delay_s: float, reason: str = "") -> None:
+        self._report(task, "put off", (delay_s, reason), ())
+
+    async def release(self, task: Task) -> None:
+        self._report(task, "released", None, ())
 
     def on_lost(self, task: Task, callback: Callable[[], None]) -> None:
         self.lost[task.rollout_id] = callback
@@ -164,6 +172,51 @@ async def test_an_agent_that_takes_too_long_is_tried_again() -> None:
         assert what == "again" and "did not return within 0.05 s" in error and "attempt_limit_s" in error
 
 
+async def test_an_agent_is_ended_a_moment_before_the_attempts_own_timeout() -> None:
+    leases = Leases([msgspec.structs.replace(task(), timeout_s=0.1)])
+    await run(leases, anyio.sleep_forever, attempt_limit_s=300.0)
+    what, error, _ = leases.reports["r-1"]
+    assert what == "again" and "did not return within 0.09 s" in error and "timeout_s=0.1" in error
+
+
+async def test_an_agent_that_cannot_now_is_put_off() -> None:
+    async def agent(rollout: RolloutContext) -> None:
+        if rollout.rollout_id == "in a group":
+            async with anyio.create_task_group():
+                raise Nack(0.0, "rate limited")
+        raise Nack(30.0)
+
+    leases = Leases([task("plain"), task("in a group")])
+    counts = await run(leases, agent)
+    assert {name: report[:2] for name, report in leases.reports.items()} == {
+        "plain": ("put off", (30.0, "the agent asked to be tried again in 30 s")),
+        "in a group": ("put off", (0.0, "rate limited")),
+    }
+    assert (counts.put_off, counts.failed) == (2, 0)
+
+
+@pytest.mark.parametrize("delay_s", [-1.0, float("nan"), float("inf")])
+def test_a_delay_that_nobody_can_wait_is_refused(delay_s: float) -> None:
+    with pytest.raises(ValueError, match="a number of seconds from 0 on"):
+        Nack(delay_s)
+
+
+async def test_what_no_other_attempt_would_mend_is_a_final_failure_with_its_traceback() -> None:
+    def agent() -> None:
+        raise NonRetryable("no such table: cities")
+
+    leases = Leases([task()])
+    await run(leases, agent)
+    what, error, _ = leases.reports["r-1"]
+    assert what == "final" and "in agent" in error and "NonRetryable: no such table: cities" in error
+
+
+async def test_the_tasks_in_hand_are_bounded_in_bytes() -> None:
+    leases = Leases([task()])
+    await run(leases, lambda: None, task_bytes_max=1000)
+    assert leases.task_bytes_max == 1000
+
+
 async def test_an_agents_own_timeout_is_not_taken_for_ours() -> None:
     async def agent() -> None:
         with anyio.fail_after(0):
@@ -243,8 +296,8 @@ async def test_a_worker_that_is_told_to_stop_finishes_what_is_nearly_done_and_gi
 
     counts = await run(leases, agent, grace_s=0.1)
     assert leases.reports["quick"][:2] == ("done", 1.0)
-    assert leases.reports["slow"][0] == "again" and "told to stop" in leases.reports["slow"][1]
-    assert (counts.done, counts.failed) == (1, 1)
+    assert leases.reports["slow"][0] == "released"
+    assert (counts.done, counts.failed, counts.released) == (1, 0, 1)
 
 
 async def test_the_environment_names_the_attempt_only_when_one_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
