@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bus.spans import RETRY_COUNT, ModelCall, Span, is_model_call, model_call
+from lightning_bus.spans import CHOICE, RETRY_COUNT, ModelCall, Span, is_model_call, model_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,9 @@ def transitions_of(rollout_id: str, attempt: int, group: str, spans: Iterable[Sp
 def _without_superseded(calls: list[ModelCall], dropped: Counter[str]) -> list[ModelCall]:
     """Drop the call that a client's SDK sent again: of two with the same prompt, the one before the marked retry."""
     kept: list[ModelCall | None] = []
-    newest: dict[bytes, int] = {}
+    newest: dict[tuple[bytes, int], int] = {}
     for call in calls:
-        prompt = call.prompt_ids_P.tobytes()
+        prompt = call.prompt_ids_P.tobytes(), call.span.attributes.get(CHOICE, 0)
         if call.span.attributes.get(RETRY_COUNT, 0) > 0 and prompt in newest:
             kept[newest[prompt]] = None
             dropped["superseded by the client's retry"] += 1

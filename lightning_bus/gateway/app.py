@@ -1,20 +1,20 @@
-"""The OpenAI-compatible door that agents call. It asks an engine, records the call, and answers.
+"""The door that agents call, in OpenAI's words or Anthropic's. It asks an engine, records the call, and answers.
 
     agent ──► token ──► engine ──► span ──► durable? ──► answer
 
 What always holds: the span of a call is on disk before the agent sees the end of the answer, so nothing an agent has
-acted on can be missing from the log. A call of an attempt that is over is answered 409 and is not in the log. Every
-refusal has OpenAI's error shape, so the agent's SDK understands it, its retries included.
+acted on can be missing from the log. A call of an attempt that is over is answered 409 and is not in the log; the next
+one is answered 401, and no engine is asked for it. Every refusal has the shape that the agent's own SDK understands,
+its retries included.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import logging
-import os
-import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import count
 from typing import Protocol, cast
 
@@ -25,9 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lightning_bus import tokens
-from lightning_bus.client import Client
-from lightning_bus.clock import wall_ns
+from lightning_bus.clock import monotonic_s, wall_ns
 from lightning_bus.config import GatewaySection
 from lightning_bus.errors import (
     BrokenError,
@@ -35,25 +33,34 @@ from lightning_bus.errors import (
     FencedError,
     LightningBusError,
     StopProcess,
-    first_error,
 )
 from lightning_bus.gateway import recording, refusals
-from lightning_bus.gateway.recording import Call, Json
+from lightning_bus.gateway.anthropic_messages import MESSAGES, Messages, models_page
+from lightning_bus.gateway.attempts import Attempts
+from lightning_bus.gateway.dialects import CHAT, BadRequest, Chat, Completions, Dialect, Json, array
+from lightning_bus.gateway.metrics import Meters
+from lightning_bus.gateway.openai_responses import Responses
+from lightning_bus.gateway.recording import Call
 from lightning_bus.gateway.refusals import (
     CLIENT_CLOSED_REQUEST,
+    Refused,
+    by_engine,
     error,
+    in_shape_of,
     invalid,
     unanswered,
-    unauthorized,
     unavailable,
 )
+from lightning_bus.gateway.requests import agent_name_of, body_of, claims_of, number, parent_of, user_agent_of
 from lightning_bus.gateway.streaming import WENT_AWAY, Relay, cancel_when_gone, span_id
 from lightning_bus.gateway.upstream import Answer, Upstreams, learn_version
-from lightning_bus.http import bind_tcp, http_server
+from lightning_bus.otel.ingest import Ingest
 from lightning_bus.spans import Span
+from lightning_bus.tokens import Claims
 
-CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
+TOKENIZE = "/tokenize"
+DIALECTS: tuple[Dialect, ...] = (Chat(), Completions(), Messages(), Responses())
 BUS_PROBE_LIMIT_S = 2.0
 
 _log = logging.getLogger("lightning_bus.gateway")
@@ -67,63 +74,6 @@ class Bus(Protocol):
     async def append(self, rollout_id: str, attempt: int, spans: Sequence[Span]) -> None: ...
 
     async def status(self) -> object: ...
-
-
-async def serve_gateway(
-    section: GatewaySection, *, bus_address: str, secret: bytes, started: Callable[[str], None] | None = None
-) -> None:
-    """Serve until cancelled; calls in flight then have a few seconds to end.
-
-    `started` is called with the gateway's URL once it accepts connections. Raises CallError when the address cannot
-    be bound, and StopProcess when the bus can no longer be used.
-    """
-    with bind_tcp(section.bind, "gateway.bind") as listener:
-        stop = anyio.Event()
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_set_when_cancelled, stop)
-                await _serve_until(stop, section, bus_address, secret, listener, started)
-                tasks.cancel_scope.cancel()
-        except ExceptionGroup as exc:
-            raise first_error(exc) from exc
-
-
-async def _serve_until(
-    stop: anyio.Event,
-    section: GatewaySection,
-    bus_address: str,
-    secret: bytes,
-    listener: socket.socket,
-    started: Callable[[str], None] | None,
-) -> None:
-    """Serve until `stop`. Shielded from cancellation, because calls in flight need the bus a little longer than that."""
-    connected = False
-
-    with anyio.CancelScope(shield=True) as scope:
-        async with anyio.create_task_group() as tasks:
-
-            async def give_up() -> None:
-                await stop.wait()
-                if not connected:
-                    scope.cancel()  # nobody waits for a bus that is not there yet
-
-            tasks.start_soon(give_up)
-            async with Client(bus_address, role="gateway", limit_s=section.admission_wait_s) as bus:
-                connected = True
-                gateway = Gateway(bus, section, secret, on_broken=stop.set)
-                async with http_server(gateway.app(), listener, started):
-                    await stop.wait()
-                await gateway.upstreams.aclose()
-                if gateway.broken is not None:
-                    raise gateway.broken
-            tasks.cancel_scope.cancel()
-
-
-async def _set_when_cancelled(event: anyio.Event) -> None:
-    try:
-        await anyio.sleep_forever()
-    finally:
-        event.set()
 
 
 def build_app(bus: Bus, *, section: GatewaySection, secret: bytes) -> Starlette:
@@ -143,38 +93,54 @@ class Gateway:
         self.broken: StopProcess | None = None  # why the bus can no longer be used
         self._on_broken = on_broken
         self._bus = bus
-        self._body_bytes_max = section.body_bytes_max
+        self._section = section
         self._secret = secret
         self._open = _is_loopback(section.bind)
         self._sequence = count(1)
         self._warned: set[str] = set()
+        self._attempts = Attempts(section.calls_per_attempt_max)
+        self.meters = Meters()
+        self.traces = Ingest(self._append, secret=secret, body_bytes_max=section.body_bytes_max, open_=self._open)
 
     def app(self) -> Starlette:
-        attempt = "/rollout/{rollout_id}/attempt/{attempt:int}"
-        routes = [
-            Route(attempt + CHAT, self.chat, methods=["POST"]),
-            Route(CHAT, self.chat, methods=["POST"]),
-            Route(attempt + MODELS, self.models, methods=["GET"]),
-            Route(MODELS, self.models, methods=["GET"]),
-            Route("/health", self.health, methods=["GET"]),
-        ]
+        routes: list[Route] = []
+        for prefix in ("/rollout/{rollout_id}/attempt/{attempt:int}", ""):
+            for dialect in DIALECTS:
+                routes.append(Route(prefix + dialect.route, partial(self.call, dialect), methods=["POST"]))
+            routes.append(Route(f"{prefix}{MESSAGES}/count_tokens", self.count_tokens, methods=["POST"]))
+            routes.append(Route(prefix + MODELS, self.models, methods=["GET"]))
+            # Anthropic's SDK adds the /v1 that OpenAI's expects in its base URL, and agents are given one URL for both.
+            routes.append(Route(f"{prefix}/v1{MESSAGES}", partial(self.call, Messages()), methods=["POST"]))
+            routes.append(Route(f"{prefix}/v1{MESSAGES}/count_tokens", self.count_tokens, methods=["POST"]))
+        routes.append(Route("/health", self.health, methods=["GET"]))
+        routes.append(Route("/metrics", self.metrics, methods=["GET"]))
+        routes += self.traces.routes()
         return Starlette(routes=routes, exception_handlers=refusals.HANDLERS, lifespan=self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncGenerator[None]:
-        try:
-            yield
-        finally:
-            await self.upstreams.aclose()
+        """Where the application is served by someone else. `serve_gateway` does the same by itself."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.upstreams.watch, self._section.health_check_s)
+            try:
+                yield
+            finally:
+                tasks.cancel_scope.cancel()
+                with anyio.CancelScope(shield=True):
+                    await self.upstreams.aclose()
 
-    async def chat(self, request: Request) -> Response:
-        """Answer a chat completion and record it."""
+    async def call(self, dialect: Dialect, request: Request) -> Response:
+        """Answer a model call and record it."""
         claims = self._claims(request)
-        asked = await self._body(request)
-        key = claims.rollout_id or str(next(self._sequence))
-        sent = recording.prepare(asked, claims, cache_salt=self.upstreams.engine_of(key).version)
-        self._warn_of_skew(sent)
-        trace_id, parent_id = _parent(request, claims)
+        if self._section.overrides:
+            claims = msgspec.structs.replace(claims, overrides={**self._section.overrides, **claims.overrides})
+        asked, raw = await self._body(request)
+        sent = recording.prepare(_said(dialect, asked), claims, target=dialect.target)
+        skewed = recording.skewing_parameters(sent)
+        if skewed:
+            self._warn_of_skew(skewed, sent)
+        trace_id, parent_id = parent_of(request, claims)
+        in_its_words = dialect.route == dialect.target and not claims.model and not claims.overrides
         call = Call(
             rollout_id=claims.rollout_id,
             attempt=claims.attempt,
@@ -183,24 +149,40 @@ class Gateway:
             request=sent,
             request_json=_encode(sent),
             start_ns=wall_ns(),
-            retry_count=_number(request.headers.get("x-stainless-retry-count")),
+            retry_count=number(request.headers.get("x-stainless-retry-count")),
+            route=dialect.route,
+            original_json=b"" if in_its_words else raw,
+            agent_name=agent_name_of(request),
+            user_agent=user_agent_of(request),
         )
-        if sent["stream"]:
-            return await self._stream(key, call, asked)
-        response: Response | None = None
+        ended = self._begin(claims)
+        try:
+            response = await self._answered(call, dialect, asked, request, ended)
+        except BaseException:
+            ended()
+            raise
+        if not isinstance(response, Relay):  # which goes on when this has returned
+            ended()
+        return in_shape_of(request.url.path, response)
 
-        async def ask() -> None:
-            nonlocal response
-            response = await self._whole(key, call, asked)
-            tasks.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(cancel_when_gone, request.receive, tasks.cancel_scope)
-            tasks.start_soon(ask)
-        if response is None:  # the agent hung up; the engine was told by the closed connection
-            await self.record([recording.failed_span(call, WENT_AWAY, wall_ns(), span_id())], call)
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return response
+    async def count_tokens(self, request: Request) -> Response:
+        """Tell how many tokens Anthropic's messages are. Not a model call: nothing is recorded."""
+        claims = self._claims(request)
+        asked, _ = await self._body(request)
+        sent = recording.prepare(_said(Messages(), {**asked, "stream": False}), claims)
+        about = {name: sent[name] for name in ("model", "messages", "tools", "chat_template_kwargs") if name in sent}
+        try:
+            answer = await self.upstreams.call(claims.rollout_id, "POST", TOKENIZE, _encode(about))
+            if answer.status in (404, 405):  # an engine without that route counts a prompt when it answers it
+                sent["max_tokens"] = sent["max_completion_tokens"] = 1
+                answer = await self.upstreams.call(claims.rollout_id, "POST", CHAT, _encode(sent))
+        except (BusyError, BrokenError) as exc:
+            return in_shape_of(request.url.path, unanswered(exc))
+        if answer.status != 200:
+            return in_shape_of(request.url.path, by_engine(answer.status, answer.body))
+        counted = _object(answer.body) or {}
+        tokens = counted.get("count", len(array(counted.get("prompt_token_ids"))))
+        return Response(_encode({"input_tokens": tokens}), media_type="application/json")
 
     async def models(self, request: Request) -> Response:
         """Pass the engine's list of models on."""
@@ -209,6 +191,8 @@ class Gateway:
             answer = await self.upstreams.call(claims.rollout_id, "GET", MODELS)
         except (BusyError, BrokenError) as exc:
             return unanswered(exc)
+        if "anthropic-version" in request.headers and (models := _object(answer.body)) and answer.status == 200:
+            return Response(_encode(models_page(models)), media_type="application/json")
         return Response(answer.body, answer.status, media_type=answer.content_type)
 
     async def health(self, request: Request) -> Response:
@@ -226,145 +210,175 @@ class Gateway:
         body = _encode({"status": "ok" if healthy else "unavailable", "bus": bus, "upstreams": upstreams})
         return Response(body, 200 if healthy else 503, media_type="application/json")
 
+    async def metrics(self, request: Request) -> Response:
+        """What this gateway has counted, for Prometheus."""
+        text = self.meters.text(self.upstreams.engines, self.traces.refused)
+        return Response(text, media_type=self.meters.content_type)
+
     # -- one call
 
-    async def _whole(self, key: str, call: Call, asked: Json) -> Response:
+    async def _answered(
+        self, call: Call, dialect: Dialect, asked: Json, request: Request, ended: Callable[[], None]
+    ) -> Response:
+        if call.request["stream"]:
+            return await self._stream(call, dialect, asked, ended)
+        response: Response | None = None
+
+        async def ask() -> None:
+            nonlocal response
+            response = await self._whole(call, dialect, asked)
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cancel_when_gone, request.receive, tasks.cancel_scope)
+            tasks.start_soon(ask)
+        if response is None:  # the agent hung up; the engine was told by the closed connection
+            await self._record_failure(call, WENT_AWAY)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return response
+
+    async def _whole(self, call: Call, dialect: Dialect, asked: Json) -> Response:
         """Ask for the answer in one piece, record it, return it."""
         try:
-            answer = await self.upstreams.call(key, "POST", CHAT, call.request_json)
+            answer = await self._ask(call, dialect)
         except (BusyError, BrokenError) as exc:
-            refusal = await self.record([recording.failed_span(call, str(exc), wall_ns(), span_id())], call)
-            return refusal or unanswered(exc)
+            return await self._record_failure(call, str(exc)) or unanswered(exc)
         end_ns = wall_ns()
         if answer.status != 200:
             return await self._engine_refused(answer, call)
-        try:
-            response = _decode(answer.body)
-        except msgspec.DecodeError as exc:
-            response = exc
-        if not isinstance(response, dict):
-            why = f"engine {answer.engine.url} answered 200 with what is not a JSON object: {answer.body[:200]!r}"
-            refusal = await self.record([recording.failed_span(call, why, end_ns, span_id())], call)
-            return refusal or error(502, why, "server_error")
-        body = cast(Json, response)
-        spans = recording.model_call_spans(call, body, end_ns, span_id)
+        body = _object(answer.body)
+        if body is None:
+            why = f"{answer.engine.name} answered 200 with what is not a JSON object: {answer.body[:200]!r}"
+            return await self._record_failure(call, why) or error(502, why, "server_error")
+        spans = recording.answered_spans(call, dialect.as_chat(body), end_ns, span_id)
         learn_version(answer, spans)
         refusal = await self.record(spans, call)
-        return refusal or Response(_encode(recording.as_asked(body, asked)), media_type="application/json")
+        if refusal is not None:
+            return refusal
+        try:
+            told = dialect.answer(body, asked, spans[0].span_id.hex())
+        except (LookupError, TypeError, ValueError, AttributeError):
+            why = f"{answer.engine.name} answered 200 with what is no completion: {answer.body[:200]!r}"
+            return error(502, why, "server_error")
+        return Response(_encode(told), media_type="application/json")
 
-    async def _stream(self, key: str, call: Call, asked: Json) -> Response:
+    async def _stream(self, call: Call, dialect: Dialect, asked: Json, ended: Callable[[], None]) -> Response:
         """Ask for a stream; once the engine has begun to answer, the rest is `Relay`'s."""
         try:
-            answer = await self.upstreams.call(key, "POST", CHAT, call.request_json, stream=True)
+            answer = await self._ask(call, dialect, stream=True)
         except (BusyError, BrokenError) as exc:
-            refusal = await self.record([recording.failed_span(call, str(exc), wall_ns(), span_id())], call)
-            return refusal or unanswered(exc)
+            return await self._record_failure(call, str(exc)) or unanswered(exc)
         if answer.status != 200:
             return await self._engine_refused(answer, call)
-        return Relay(self.record, answer, call, asked)
+        return Relay(self.record, answer, call, dialect, asked, span_id().hex(), ended)
+
+    async def _ask(self, call: Call, dialect: Dialect, *, stream: bool = False) -> Answer:
+        salted = not call.request.get("cache_salt")
+        answer = await self.upstreams.call(
+            call.rollout_id, "POST", dialect.target, call.request_json, stream=stream, salted=salted
+        )
+        if answer.asked > 1:
+            self.meters.asked_again.inc(answer.asked - 1)
+        return answer
 
     async def _engine_refused(self, answer: Answer, call: Call) -> Response:
         why = f"engine answered {answer.status}: {answer.body[:500].decode(errors='replace')}"
-        refusal = await self.record([recording.failed_span(call, why, wall_ns(), span_id())], call)
-        return refusal or Response(answer.body, answer.status, media_type=answer.content_type)
+        return await self._record_failure(call, why) or by_engine(answer.status, answer.body)
+
+    async def _record_failure(self, call: Call, why: str) -> Response | None:
+        return await self.record([recording.failed_span(call, why, wall_ns(), span_id())], call)
 
     async def record(self, spans: list[Span], call: Call) -> Response | None:
         """Make the spans durable. Returns None, or the refusal that the agent gets instead of its answer."""
         numbered = [msgspec.structs.replace(span, sequence=next(self._sequence)) for span in spans]
+        began_s = monotonic_s()
+        outcome, refusal = "ok", None
         try:
             # Once begun an append goes on even if the agent hangs up: the call did happen.
             with anyio.CancelScope(shield=True):
-                await self._bus.append(call.rollout_id, call.attempt, numbered)
+                await self._append(call.rollout_id, call.attempt, numbered)
         except FencedError as exc:
             message = f"The attempt is over: {exc} Nothing that this agent still does counts; stop it."
-            return error(
-                409, message, "invalid_request_error", code="attempt_over", headers={"x-should-retry": "false"}
+            self._attempts.is_over(call.rollout_id, call.attempt, message)
+            outcome, refusal = (
+                "fenced",
+                error(409, message, "invalid_request_error", code="attempt_over", headers={"x-should-retry": "false"}),
             )
         except (BusyError, BrokenError) as exc:
-            return unavailable(exc)
+            outcome, refusal = "not_recorded", unavailable(exc)
+        except LightningBusError as exc:
+            outcome, refusal = "not_recorded", error(500, str(exc), "server_error", headers={"x-should-retry": "false"})
+        else:
+            self.meters.ack_s.observe(monotonic_s() - began_s)
+        self.meters.recorded(call.route, numbered, outcome)
+        return refusal
+
+    async def _append(self, rollout_id: str, attempt: int, spans: Sequence[Span]) -> None:
+        """Make spans durable. A bus that can no longer be used ends the gateway."""
+        try:
+            await self._bus.append(rollout_id, attempt, spans)
         except StopProcess as exc:
             self.broken = exc
             self._on_broken()
-            return error(500, str(exc), "server_error", headers={"x-should-retry": "false"})
-        except LightningBusError as exc:
-            return error(500, str(exc), "server_error", headers={"x-should-retry": "false"})
-        return None
+            raise
 
-    # -- what a request says
+    # -- who may call, and how much
 
-    def _claims(self, request: Request) -> tokens.Claims:
-        """Return whose call this is. Refuses a key that was not made for the rollout and attempt in the address."""
-        rollout_id: str = request.path_params.get("rollout_id", "")
-        attempt: int = request.path_params.get("attempt", 0)
-        kind, _, token = request.headers.get("authorization", "").partition(" ")
+    def _claims(self, request: Request) -> Claims:
         try:
-            if kind.lower() != "bearer":
-                raise tokens.BadToken("no API key was sent")
-            claims = tokens.check(self._secret, token.strip())
-        except tokens.BadToken as exc:
-            if not rollout_id and self._open:
-                return tokens.Claims("", 0)
-            raise unauthorized(f"{exc}. Use the api_key that the worker gave to this attempt.") from exc
-        if rollout_id and (claims.rollout_id, claims.attempt) != (rollout_id, attempt):
-            raise unauthorized(
-                f"The API key is for rollout {claims.rollout_id} attempt {claims.attempt}, the address for rollout "
-                f"{rollout_id} attempt {attempt}. Use base_url and api_key of the same attempt."
-            )
+            claims = claims_of(request, self._secret, open_=self._open)
+            self._attempts.check(claims)
+        except Refused:
+            self.meters.refused.labels("token").inc()
+            raise
         return claims
 
-    async def _body(self, request: Request) -> Json:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise invalid(415, f"The content type is {kind or 'missing'}. Send application/json.")
-        size = _number(request.headers.get("content-length"))
-        parts: list[bytes] = []
-        if size <= self._body_bytes_max:
-            size = 0
-            async for part in request.stream():
-                parts.append(part)
-                size += len(part)
-                if size > self._body_bytes_max:
-                    break
-        if size > self._body_bytes_max:
-            raise invalid(
-                413, f"The request exceeds {self._body_bytes_max} bytes. Send less, or raise [gateway] body_bytes_max."
-            )
+    async def _body(self, request: Request) -> tuple[Json, bytes]:
         try:
-            body = _decode(b"".join(parts))
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise invalid(400, f"The request is not JSON: {exc}.") from exc
-        if not isinstance(body, dict):
-            raise invalid(400, f"The request is a JSON {type(body).__name__}. Send an object.")
-        return cast(Json, body)
+            return await body_of(request, self._section.body_bytes_max)
+        except Refused:
+            self.meters.refused.labels("body").inc()
+            raise
 
-    def _warn_of_skew(self, request: Json) -> None:
-        for name in recording.skewing_parameters(request):
+    def _begin(self, claims: Claims) -> Callable[[], None]:
+        """Count a call as under way, until the function returned is called."""
+        try:
+            self._attempts.begin(claims)
+        except Refused:
+            self.meters.refused.labels("too many calls").inc()
+            raise
+        self.meters.in_flight.inc()
+
+        def ended() -> None:
+            self.meters.in_flight.dec()
+            self._attempts.end(claims)
+
+        return ended
+
+    def _warn_of_skew(self, names: Sequence[str], sent: Json) -> None:
+        for name in names:
             if name not in self._warned:
                 self._warned.add(name)
                 _log.warning(
                     "an agent samples with %s=%r: log-probs are of the full softmax, so the calls are slightly off-policy. "
-                    "Leave it neutral, or have the submission's overrides set it, to train exactly. Said once.", name, request[name]
+                    "Leave it neutral, or have the submission's overrides set it, to train exactly. Said once.", name, sent[name]
                 )  # fmt: skip
 
 
-def _parent(request: Request, claims: tokens.Claims) -> tuple[bytes, bytes | None]:
-    """Trace and parent of a call: what the request's traceparent says, else the attempt's root span."""
-    parts = request.headers.get("traceparent", "").split("-")
-    if len(parts) >= 4 and len(parts[1]) == 32 and len(parts[2]) == 16:
-        try:
-            trace_id, parent_id = bytes.fromhex(parts[1]), bytes.fromhex(parts[2])
-        except ValueError:
-            pass
-        else:
-            if any(trace_id) and any(parent_id):
-                return trace_id, parent_id
-    if claims.rollout_id:
-        return recording.root_of_attempt(claims.rollout_id, claims.attempt)
-    return os.urandom(16), None
+def _said(dialect: Dialect, asked: Json) -> Json:
+    try:
+        return dialect.to_engine(asked)
+    except BadRequest as exc:
+        raise invalid(400, str(exc)) from exc
 
 
-def _number(text: str | None) -> int:
-    return int(text) if text is not None and text.isdecimal() else 0
+def _object(raw: bytes) -> Json | None:
+    """Return a JSON object, or None for what is none."""
+    try:
+        value = _decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return cast(Json, value) if isinstance(value, dict) else None
 
 
 def _is_loopback(address: str) -> bool:

@@ -2,24 +2,21 @@
 
 What always holds: ids and log-probs are the engine's own, never re-tokenised and never guessed. Where the engine did
 not give them, or gave other counts than it reports, the span says in UNTRAINABLE why it cannot be trained on, and
-keeps what there is. What the gateway asked the engine for on its own account is taken out of the answer again, so
-the agent sees exactly what it asked for.
+keeps what there is. Whatever API the agent spoke, what is read here is a chat completion (see `dialects`).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
 from lightning_bus import spans as s
+from lightning_bus.gateway.dialects import CHAT, COMPLETIONS, Json, array, dictionary, dicts
 from lightning_bus.spans import Span
 from lightning_bus.tokens import Claims
-
-Json = dict[str, Any]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -36,19 +33,16 @@ class Call:
     request_json: bytes
     start_ns: int
     retry_count: int = 0
+    route: str = CHAT  # of the API that the agent spoke
+    original_json: bytes = b""  # as the agent sent it, where the engine is asked otherwise
+    agent_name: str = ""
+    user_agent: str = ""
 
 
-def root_of_attempt(rollout_id: str, attempt: int) -> tuple[bytes, bytes]:
-    """Return the trace id (16 bytes) and the root span's id (8 bytes) of an attempt.
+def prepare(request: Json, claims: Claims, *, target: str = CHAT) -> Json:
+    """Return what to send to the engine for a request in its words.
 
-    They follow from its name, so gateway and worker agree on them without a word.
-    """
-    digest = hashlib.blake2b(f"{rollout_id}/{attempt}".encode(), digest_size=24).digest()
-    return digest[:16], digest[16:]
-
-
-def prepare(request: Json, claims: Claims, *, cache_salt: str = "") -> Json:
-    """Return what to send to the engine for what the agent asked.
+    target  the engine's route, which decides how log-probs are asked for
 
     The rollout's model and overrides are laid over the request. Temperature and top_p are spelled out where the agent
     left them to the server, because a server may have defaults of its own and the log must know what was used.
@@ -61,12 +55,13 @@ def prepare(request: Json, claims: Claims, *, cache_salt: str = "") -> Json:
         if sent.get(name) is None:
             sent[name] = 1.0
     sent["stream"] = stream  # how the agent reads is its own affair
-    sent["logprobs"] = True
+    if target == COMPLETIONS:
+        sent["logprobs"] = sent.get("logprobs") or 0  # of the sampled tokens, and of so many others
+    else:
+        sent["logprobs"] = True
     sent["return_token_ids"] = True
-    if cache_salt and not sent.get("cache_salt"):
-        sent["cache_salt"] = cache_salt
     if stream:
-        sent["stream_options"] = {**(sent.get("stream_options") or {}), "include_usage": True}
+        sent["stream_options"] = {**dictionary(sent.get("stream_options")), "include_usage": True}
     return sent
 
 
@@ -99,15 +94,16 @@ def model_call_spans(
 
     interrupted  why the answer is not whole, if it is not; such a call is never trained on
     """
-    choices = _dicts(response.get("choices"))
+    choices = dicts(response.get("choices"))
     if not choices:
         return [failed_span(call, interrupted or "no choices in the answer", end_ns, new_span_id())]
-    usage = _dict(response.get("usage"))
-    counted = sum(len(_list(choice.get("token_ids"))) for choice in choices)
+    usage = dictionary(response.get("usage"))
+    counted = sum(len(array(choice.get("token_ids"))) for choice in choices)
     reported = usage.get("completion_tokens")
-    prompt_ids = response.get("prompt_token_ids")
     result: list[Span] = []
-    for choice in choices:
+    for at, choice in enumerate(choices):
+        # A completion may have several prompts, and says with each choice which was its own.
+        prompt_ids = choice.get("prompt_token_ids") or response.get("prompt_token_ids")
         token_ids = choice.get("token_ids")
         logprobs = _logprobs(choice)
         attributes = _asked(call)
@@ -116,13 +112,13 @@ def model_call_spans(
             # A parser in the engine may swallow tokens of a stream, their ids and log-probs together.
             untrainable = "token ids missing: the engine counted more tokens than it gave"
         try:
-            attributes[s.PROMPT_IDS] = s.pack_ids(_list(prompt_ids))
-            attributes[s.RESPONSE_IDS] = s.pack_ids(_list(token_ids))
+            attributes[s.PROMPT_IDS] = s.pack_ids(array(prompt_ids))
+            attributes[s.RESPONSE_IDS] = s.pack_ids(array(token_ids))
             attributes[s.LOGPROBS] = s.pack_logprobs(logprobs or ())
         except (TypeError, ValueError, OverflowError):
             untrainable = "token ids or log-probs malformed"
-        attributes[s.INPUT_TOKENS] = len(_list(prompt_ids)) or usage.get("prompt_tokens", 0)
-        attributes[s.OUTPUT_TOKENS] = len(_list(token_ids)) or usage.get("completion_tokens", 0)
+        attributes[s.INPUT_TOKENS] = len(array(prompt_ids)) or usage.get("prompt_tokens", 0)
+        attributes[s.OUTPUT_TOKENS] = len(array(token_ids)) or usage.get("completion_tokens", 0)
         versions = _versions(choice)
         if versions:
             attributes[s.WEIGHT_VERSIONS] = versions
@@ -131,30 +127,31 @@ def model_call_spans(
         attributes[s.RESPONSE_BODY] = _encode(choice.get("message") or {}).decode()
         if first_token_ns:
             attributes[s.FIRST_TOKEN_MS] = (first_token_ns - call.start_ns) / 1e6
+        if at:
+            attributes[s.CHOICE] = at
         if untrainable:
             attributes[s.UNTRAINABLE] = untrainable
         result.append(_span(call, attributes, end_ns, new_span_id(), error=interrupted))
     return result
 
 
+def answered_spans(
+    call: Call, answer: Json, end_ns: int, new_span_id: Callable[[], bytes], *, first_token_ns: int = 0,
+    interrupted: str = "",
+) -> list[Span]:  # fmt: skip
+    """As `model_call_spans`, for an engine that may answer anything: what makes no sense is a failed call."""
+    try:
+        return model_call_spans(
+            call, answer, end_ns, new_span_id, first_token_ns=first_token_ns, interrupted=interrupted
+        )
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as exc:
+        why = interrupted or f"the engine's answer makes no sense ({type(exc).__name__}: {exc})"
+        return [failed_span(call, why, end_ns, new_span_id())]
+
+
 def failed_span(call: Call, error: str, end_ns: int, span_id: bytes) -> Span:
     """Return the span of a call that the engine did not answer."""
     return _span(call, {**_asked(call), s.UNTRAINABLE: "no answer"}, end_ns, span_id, error=error)
-
-
-def as_asked(answer: Json, request: Mapping[str, Any]) -> Json:
-    """Take out of an answer, or of a stream's chunk, what only the gateway asked for. Changes and returns `answer`."""
-    wants_ids = bool(request.get("return_token_ids"))
-    wants_logprobs = bool(request.get("logprobs"))
-    if not wants_ids:
-        answer.pop("prompt_token_ids", None)
-    for choice in _dicts(answer.get("choices")):
-        if not wants_ids:
-            choice.pop("token_ids", None)
-            choice.pop("weight_versions", None)
-        if not wants_logprobs and "logprobs" in choice:
-            choice["logprobs"] = None
-    return answer
 
 
 @dataclass(slots=True)
@@ -165,21 +162,22 @@ class StreamRecord:
     choices: dict[int, Json] = field(default_factory=dict[int, Json])
 
     def add(self, chunk: Json) -> None:
-        for name in ("prompt_token_ids", "usage"):
+        for name in ("prompt_token_ids", "usage", "model", "created"):
             if chunk.get(name) is not None:
                 self.answer[name] = chunk[name]
-        for fields in _dicts(chunk.get("choices")):
-            choice = self.choices.setdefault(int(fields.get("index") or 0), {"message": {}, "token_ids": None})
-            _merge_delta(choice["message"], _dict(fields.get("delta")))
+        for fields in dicts(chunk.get("choices")):
+            choice = self.choices.setdefault(int(fields.get("index") or 0), {"message": {}})
+            _merge_delta(choice["message"], dictionary(fields.get("delta")))
             if fields.get("token_ids") is not None:
-                choice["token_ids"] = [*_list(choice["token_ids"]), *_list(fields["token_ids"])]
-            content = _dict(fields.get("logprobs")).get("content")
+                choice.setdefault("token_ids", []).extend(array(fields["token_ids"]))
+            content = dictionary(fields.get("logprobs")).get("content")
             if content is not None:
-                choice.setdefault("logprobs", {"content": []})["content"].extend(_list(content))
+                choice.setdefault("logprobs", {"content": []})["content"].extend(array(content))
             if fields.get("weight_versions") is not None:
-                choice.setdefault("weight_versions", []).extend(_list(fields["weight_versions"]))
-            if fields.get("finish_reason") is not None:
-                choice["finish_reason"] = fields["finish_reason"]
+                choice.setdefault("weight_versions", []).extend(array(fields["weight_versions"]))
+            for name in ("finish_reason", "stop_reason", "prompt_token_ids"):
+                if fields.get(name) is not None:
+                    choice[name] = fields[name]
 
     @property
     def finished(self) -> bool:
@@ -196,7 +194,7 @@ def _merge_delta(message: Json, delta: Json) -> None:
     for name, value in delta.items():
         if name == "tool_calls":
             calls: list[Json] = message.setdefault("tool_calls", [])
-            for piece in _dicts(value):
+            for piece in dicts(value):
                 index = int(piece.get("index") or 0)
                 while len(calls) <= index:
                     calls.append({"function": {"name": "", "arguments": ""}})
@@ -204,7 +202,7 @@ def _merge_delta(message: Json, delta: Json) -> None:
                 for key in ("id", "type"):
                     if piece.get(key):
                         target[key] = piece[key]
-                for key, text in _dict(piece.get("function")).items():
+                for key, text in dictionary(piece.get("function")).items():
                     if isinstance(text, str):
                         target["function"][key] = target["function"].get(key, "") + text
         elif name == "role" or not isinstance(value, str):
@@ -227,9 +225,31 @@ def _asked(call: Call) -> Json:
     tokens_max = request.get("max_completion_tokens") or request.get("max_tokens")
     if isinstance(tokens_max, int):
         attributes[s.MAX_TOKENS] = tokens_max
+    for name, attribute in _OTHER_PARAMETERS.items():
+        if isinstance(request.get(name), int | float):
+            attributes[attribute] = request[name]
+    stop = request.get("stop")
+    if stop:
+        attributes[s.STOP] = [stop] if isinstance(stop, str) else [str(one) for one in array(stop)]
+    if skewed := skewing_parameters(request):
+        attributes[s.SKEWED] = skewed
+    if call.route != CHAT:
+        attributes[s.ROUTE] = call.route
+    if call.original_json:
+        attributes[s.ORIGINAL_REQUEST] = call.original_json.decode()
+    if call.agent_name:
+        attributes[s.AGENT_NAME] = call.agent_name
+    if call.user_agent:
+        attributes[s.USER_AGENT] = call.user_agent
     if call.retry_count:
         attributes[s.RETRY_COUNT] = call.retry_count
     return attributes
+
+
+_OTHER_PARAMETERS = {
+    "top_k": s.TOP_K, "frequency_penalty": s.FREQUENCY_PENALTY, "presence_penalty": s.PRESENCE_PENALTY,
+    "seed": s.SEED, "n": s.CHOICE_COUNT,
+}  # fmt: skip
 
 
 def _span(call: Call, attributes: Json, end_ns: int, span_id: bytes, *, error: str = "") -> Span:
@@ -252,39 +272,27 @@ def _untrainable(prompt_ids: object, token_ids: object, logprobs: list[float] | 
         return "token ids missing"
     if logprobs is None:
         return "log-probs missing"
-    if len(logprobs) != len(_list(token_ids)):
-        return f"{len(logprobs)} log-probs for {len(_list(token_ids))} tokens"
+    if len(logprobs) != len(array(token_ids)):
+        return f"{len(logprobs)} log-probs for {len(array(token_ids))} tokens"
     return ""
 
 
 def _logprobs(choice: Json) -> list[float] | None:
-    content = _dict(choice.get("logprobs")).get("content")
+    content = dictionary(choice.get("logprobs")).get("content")
     if content is None:
         return None
-    return [_dict(token).get("logprob", float("nan")) for token in _list(content)]
+    return [dictionary(token).get("logprob", float("nan")) for token in array(content)]
 
 
 def _versions(choice: Json) -> list[list[Any]]:
     """[[version, start, end], …] over the response tokens."""
-    parts = _dicts(choice.get("weight_versions"))
+    parts = dicts(choice.get("weight_versions"))
     return [
         [str(part["version"]), int(part["start"]), int(part["end"])] for part in parts if _VERSION_FIELDS <= part.keys()
     ]
 
 
 _VERSION_FIELDS = {"version", "start", "end"}
-
-
-def _list(value: object) -> list[Any]:
-    return cast(list[Any], value) if isinstance(value, list) else []
-
-
-def _dicts(value: object) -> list[Json]:
-    return [cast(Json, item) for item in _list(value) if isinstance(item, dict)]
-
-
-def _dict(value: object) -> Json:
-    return cast(Json, value) if isinstance(value, dict) else {}
 
 
 def _number(value: object, default: float) -> float:

@@ -1,4 +1,8 @@
-"""Answers that come in pieces: passed through as they come, recorded complete, their end held back until it is durable."""
+"""Answers that come in pieces: passed through as they come, recorded complete, their end held back until it is durable.
+
+Whatever the agent's dialect, the events are made chunk by chunk from the engine's, so the agent reads a token when the
+engine has sampled it. From the first chunk that says why the answer ended, everything waits for the span.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +18,44 @@ from starlette.types import Receive, Scope, Send
 from lightning_bus.clock import wall_ns
 from lightning_bus.errors import BrokenError
 from lightning_bus.gateway import recording
-from lightning_bus.gateway.recording import Call, Json, StreamRecord
+from lightning_bus.gateway.dialects import Dialect, Json, dictionary, dicts, reasoning_of
+from lightning_bus.gateway.recording import Call, StreamRecord
 from lightning_bus.gateway.refusals import error_body
 from lightning_bus.gateway.upstream import Answer, learn_version
 from lightning_bus.spans import Span
 
 Record = Callable[[list[Span], Call], Awaitable[Response | None]]  # Gateway.record
 
-_encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 
 
 class Relay(Response):
-    """A stream on its way through: chunk by chunk, except that the end waits until the span is durable."""
+    """A stream on its way through: chunk by chunk, except that the end waits until the span is durable.
 
-    def __init__(self, record: Record, answer: Answer, call: Call, asked: Json) -> None:
+    ended  is called when nothing more will happen
+    """
+
+    def __init__(
+        self, record: Record, answer: Answer, call: Call, dialect: Dialect, asked: Json, ident: str,
+        ended: Callable[[], None],
+    ) -> None:  # fmt: skip
         super().__init__()
         self._make_durable = record
         self._answer = answer
         self._call = call
-        self._asked = asked
+        self._dialect = dialect
+        self._out = dialect.stream(asked, ident)
+        self._ended = ended
         self._record = StreamRecord()
         self._first_token_ns = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._relay(receive, send)
+        finally:
+            self._ended()
+
+    async def _relay(self, receive: Receive, send: Send) -> None:
         end: tuple[list[bytes], str] | None = None
 
         async def relay() -> None:
@@ -51,79 +69,101 @@ class Relay(Response):
                 tasks.start_soon(cancel_when_gone, receive, tasks.cancel_scope)
                 tasks.start_soon(relay)
         finally:
-            await self._answer.close()  # if the agent hung up, this is what tells the engine to stop
+            self._answer.close()  # if the agent hung up, this is what tells the engine to stop
         held, broke = end or ([], WENT_AWAY)
-        spans = recording.model_call_spans(
-            self._call,
-            self._record.response(),
-            wall_ns(),
-            span_id,
-            first_token_ns=self._first_token_ns,
-            interrupted=broke,
+        answer = self._record.response()
+        spans = recording.answered_spans(
+            self._call, answer, wall_ns(), span_id, first_token_ns=self._first_token_ns, interrupted=broke
         )
         learn_version(self._answer, spans)
         refusal = await self._make_durable(spans, self._call)
         if end is None:
             return
         if refusal is not None:
-            held = [b"data: " + bytes(refusal.body) + b"\n\n"]
+            held = [self._out.failed(dictionary(_decode(refusal.body).get("error")))]
         elif not broke:
-            held.append(b"data: [DONE]\n\n")
+            held.append(self._out.end(answer))
         await send({"type": "http.response.body", "body": b"".join(held)})
 
     async def _pass_on(self, send: Send) -> tuple[list[bytes], str]:
         """Relay what may leave at once. Returns the events held back, and why the stream is not whole if it is not."""
         held: list[bytes] = []
-        options = cast(Json, self._asked.get("stream_options") or {})
-        wants_usage = bool(options.get("include_usage"))
+        ready: list[bytes] = []  # of what came together, so that it leaves together
+        why = f"{self._answer.engine.name} ended its stream before the answer was finished"
         try:
-            async for chunk in _events(self._answer):
-                if "error" in chunk:
-                    return [*held, _event(chunk)], f"the engine broke off: {chunk['error']}"
-                self._record.add(chunk)
-                if self._record.choices and not self._first_token_ns:
-                    self._first_token_ns = wall_ns()
-                choices: list[Json] = chunk.get("choices") or []
-                if not choices and not wants_usage:
-                    continue
-                data = _event(recording.as_asked(chunk, self._asked))
-                if not choices or any(choice.get("finish_reason") for choice in choices):
-                    held.append(data)
-                else:
+            async for chunks in _events(self._answer):
+                for chunk in chunks:
+                    if "error" in chunk:
+                        error = chunk["error"]
+                        return [*ready, *held, self._out.failed(_error(error))], f"the engine broke off: {error}"
+                    (held if self._take(chunk) else ready).append(self._out.push(chunk))
+                data = b"".join(ready)
+                ready.clear()
+                if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
         except BrokenError as exc:
-            return [*held, _event(error_body(str(exc), "server_error", None))], "the engine broke off"
-        if not self._record.finished:
-            message = f"engine {self._answer.engine.url} ended its stream before the answer was finished"
-            return [*held, _event(error_body(message, "server_error", None))], "the engine broke off"
-        return held, ""
+            why = str(exc)
+        except (TypeError, ValueError, KeyError, AttributeError) as exc:
+            why = f"{self._answer.engine.name} streamed what makes no sense ({type(exc).__name__}: {exc})"
+        else:
+            if self._record.finished:
+                return held, ""
+        failed = self._out.failed(error_body(why, "server_error", None)["error"])
+        return [*ready, *held, failed], "the engine broke off"
+
+    def _take(self, chunk: Json) -> bool:
+        """Record a chunk. True when what it says must wait until the call is durable: that the answer is at its end."""
+        seen = self._dialect.as_chat(chunk)
+        self._record.add(seen)
+        choices = dicts(seen.get("choices"))
+        if not self._first_token_ns and any(_says_something(choice) for choice in choices):
+            self._first_token_ns = wall_ns()
+        return not choices or any(choice.get("finish_reason") for choice in choices)
+
+
+def _says_something(choice: Json) -> bool:
+    """True unless the chunk only opens the answer, as the first of a stream does."""
+    delta = dictionary(choice.get("delta"))
+    return bool(choice.get("token_ids") or delta.get("content") or delta.get("tool_calls") or reasoning_of(delta))
+
+
+def _error(error: object) -> Json:
+    return cast(Json, error) if isinstance(error, dict) else error_body(str(error), "server_error", None)["error"]
 
 
 WENT_AWAY = "client went away"
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
-async def _events(answer: Answer) -> AsyncIterator[Json]:
-    """The JSON objects of a server-sent stream, up to [DONE]. Raises BrokenError when one cannot be read."""
+async def _events(answer: Answer) -> AsyncIterator[list[Json]]:
+    """The JSON objects of a server-sent stream up to [DONE], as many at a time as came together.
+
+    Raises BrokenError when one cannot be read.
+    """
     rest = b""
-    while (part := await answer.chunk()) is not None:
+    while part := await answer.chunk():
         *lines, rest = (rest + part).split(b"\n")
+        chunks: list[Json] = []
+        done = False
         for line in lines:
             name, _, data = line.strip().partition(b":")
             if name != b"data":
                 continue
             if data.strip() == b"[DONE]":
-                return
+                done = True
+                break
             try:
                 chunk = _decode(data)
-            except msgspec.DecodeError as exc:
-                raise BrokenError(f"engine {answer.engine.url} streamed what is not JSON: {data[:200]!r}") from exc
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+                yield chunks
+                raise BrokenError(f"{answer.engine.name} streamed what is not JSON: {data[:200]!r}") from exc
             if isinstance(chunk, dict):
-                yield cast(Json, chunk)
-
-
-def _event(body: Json) -> bytes:
-    return b"data: " + _encode(body) + b"\n\n"
+                chunks.append(cast(Json, chunk))
+        if chunks:
+            yield chunks
+        if done:
+            await answer.drain()
+            return
 
 
 async def cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:

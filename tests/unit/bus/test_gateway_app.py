@@ -10,9 +10,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import JSONResponse, Response
 
 from lightning_bus import spans as s
 from lightning_bus import tokens
@@ -35,175 +30,29 @@ from lightning_bus.broker.server import serve_broker
 from lightning_bus.client import Client
 from lightning_bus.config import BrokerSection, GatewaySection
 from lightning_bus.errors import BrokenError, CallError, FencedError
-from lightning_bus.gateway.app import build_app, serve_gateway
-from lightning_bus.gateway.recording import root_of_attempt
-from lightning_bus.spans import Span, model_call
-
-SECRET = b"s" * 32
-PROMPT_IDS = [1, 2, 3, 4]
-RESPONSE_IDS = [7, 8, 9]
-LOGPROBS = [-0.5, -0.25, -1.5]
-QUESTION: list[Any] = [{"role": "user", "content": "2 + 2?"}]
-
-
-@dataclass
-class Engine:
-    """A stub engine: keeps what it was asked, answers as it is told."""
-
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    refusals: list[Response] = field(default_factory=list)  # given first, in turn
-    edit: Callable[[dict[str, Any]], None] = lambda body: None
-    stream_ends: threading.Event = field(default_factory=threading.Event)  # closed streams set it
-    stream_goes_on: threading.Event | None = None  # the stream waits for it after its first token
-    stream_breaks: bool = False
-
-    def app(self) -> Starlette:
-        async def models(request: Request) -> Response:
-            return JSONResponse({"object": "list", "data": [{"id": "policy", "object": "model"}]})
-
-        async def health(request: Request) -> Response:
-            return Response()
-
-        return Starlette(
-            routes=[
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
-                Route("/v1/models", models),
-                Route("/health", health),
-            ]
-        )
-
-    async def chat(self, request: Request) -> Response:
-        body = await request.json()
-        self.requests.append(body)
-        if self.refusals:
-            return self.refusals.pop(0)
-        if body["stream"]:
-            return StreamingResponse(self.chunks(body), media_type="text/event-stream")
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": f"answer {index}"},
-                "finish_reason": "stop",
-                "token_ids": RESPONSE_IDS,
-                "logprobs": {"content": [_token(logprob) for logprob in LOGPROBS]},
-                "weight_versions": [{"version": "3", "start": 0, "end": 3}],
-            }
-            for index in range(body.get("n", 1))
-        ]
-        answer = {
-            "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"],
-            "prompt_token_ids": PROMPT_IDS, "choices": choices,
-            "usage": {"prompt_tokens": 4, "completion_tokens": 3 * len(choices), "total_tokens": 4 + 3 * len(choices)},
-        }  # fmt: skip
-        self.edit(answer)
-        return JSONResponse(answer)
-
-    async def chunks(self, body: dict[str, Any]) -> Any:
-        def chunk(choice: dict[str, Any] | None, **more: Any) -> str:
-            choices = [] if choice is None else [{"index": 0, "finish_reason": None, **choice}]
-            shape = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "policy", "choices": choices}
-            return f"data: {json.dumps({**shape, **more})}\n\n"
-
-        def token(i: int, **more: Any) -> dict[str, Any]:
-            content = {"content": [_token(LOGPROBS[i])]}
-            return {"delta": {"content": f"t{i} "}, "token_ids": [RESPONSE_IDS[i]], "logprobs": content, **more}
-
-        try:
-            yield chunk({"delta": {"role": "assistant", "content": ""}}, prompt_token_ids=PROMPT_IDS)
-            yield chunk(token(0))
-            if self.stream_goes_on is not None:
-                while not self.stream_goes_on.is_set():
-                    await anyio.sleep(0.005)
-                    yield ": still here\n\n"
-            yield chunk(token(1))
-            if self.stream_breaks:
-                return
-            yield chunk(token(2, finish_reason="stop", weight_versions=[{"version": "3", "start": 0, "end": 3}]))
-            yield chunk(None, usage={"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7})
-            yield "data: [DONE]\n\n"
-        finally:
-            self.stream_ends.set()
-
-
-def _token(logprob: float) -> dict[str, Any]:
-    return {"token": "t", "logprob": logprob, "bytes": [116], "top_logprobs": []}
-
-
-@dataclass
-class Bus:
-    """A stub bus: keeps spans, or raises what it is told to."""
-
-    appended: list[tuple[str, int, list[Span]]] = field(default_factory=list)
-    error: Exception | None = None
-    appending: threading.Event = field(default_factory=threading.Event)
-    may_append: threading.Event | None = None
-
-    async def append(self, rollout_id: str, attempt: int, spans: Sequence[Span]) -> None:
-        self.appending.set()
-        if self.may_append is not None:
-            await anyio.to_thread.run_sync(self.may_append.wait)
-        if self.error is not None:
-            raise self.error
-        self.appended.append((rollout_id, attempt, list(spans)))
-
-    async def status(self) -> object:
-        if self.error is not None:
-            raise self.error
-        return None
-
-    @property
-    def spans(self) -> list[Span]:
-        return [span for _, _, spans in self.appended for span in spans]
-
-
-@contextmanager
-def serving(app: Starlette, listener: socket.socket | None = None) -> Iterator[str]:
-    """Serve `app` in a thread; yields its URL."""
-    listener = listener or _listener()
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-
-
-def _listener() -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(64)  # from now on connecting succeeds, whenever the server is ready to accept
-    return listener
-
-
-@dataclass
-class World:
-    engine: Engine
-    bus: Bus
-    url: str
-
-    def client(self, claims: tokens.Claims | None = None, **options: Any) -> openai.OpenAI:
-        claims = claims or tokens.Claims("r-1", 2)
-        base_url = f"{self.url}/rollout/{claims.rollout_id}/attempt/{claims.attempt}/v1"
-        client = openai.OpenAI(base_url=base_url, api_key=tokens.mint(SECRET, claims), **{"max_retries": 0, **options})
-        self.closing.callback(client.close)
-        return client
-
-    closing: ExitStack = field(default_factory=ExitStack)
+from lightning_bus.gateway.app import build_app
+from lightning_bus.gateway.daemon import serve_gateway
+from lightning_bus.otel.traceparent import root_of_attempt
+from lightning_bus.spans import model_call
+from tests.gateway_fixtures import (
+    LOGPROBS,
+    PROMPT_IDS,
+    QUESTION,
+    RESPONSE_IDS,
+    SECRET,
+    Bus,
+    Engine,
+    World,
+    free_listener,
+    open_world,
+    serving,
+)
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    engine, bus = Engine(), Bus()
-    with ExitStack() as stack:
-        upstream = stack.enter_context(serving(engine.app()))
-        section = GatewaySection(upstreams=[upstream], admission_wait_s=5.0, request_limit_s=5.0, body_bytes_max=10_000)
-        world = World(engine, bus, stack.enter_context(serving(build_app(bus, section=section, secret=SECRET))))
-        stack.push(world.closing)
-        yield world
+    with open_world() as opened:
+        yield opened
 
 
 def test_a_call_is_recorded_exactly_and_the_agent_sees_what_it_asked_for(world: World) -> None:
@@ -443,7 +292,7 @@ def test_an_engine_that_swaps_its_weights_is_only_latency(world: World) -> None:
 
 
 def test_an_engine_that_starts_late_is_only_latency() -> None:
-    engine, bus, listener = Engine(), Bus(), _listener()
+    engine, bus, listener = Engine(), Bus(), free_listener()
     address = listener.getsockname()
     listener.close()
     section = GatewaySection(upstreams=["http://{}:{}".format(*address)], admission_wait_s=20.0)
@@ -469,7 +318,7 @@ def test_an_engine_that_starts_late_is_only_latency() -> None:
 
 
 def test_an_engine_that_stays_away_is_told_503_with_the_way_out() -> None:
-    listener = _listener()
+    listener = free_listener()
     port = listener.getsockname()[1]
     listener.close()
     section = GatewaySection(upstreams=[f"http://127.0.0.1:{port}"], admission_wait_s=0.1)
@@ -482,7 +331,7 @@ def test_an_engine_that_stays_away_is_told_503_with_the_way_out() -> None:
 
 
 def test_an_engine_that_is_too_slow_is_told_504() -> None:
-    listener = _listener()  # accepts, and never answers
+    listener = free_listener()  # accepts, and never answers
     section = GatewaySection(upstreams=[f"http://127.0.0.1:{listener.getsockname()[1]}"], request_limit_s=0.1)
     with serving(build_app(Bus(), section=section, secret=SECRET)) as url:
         answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION})
@@ -502,7 +351,7 @@ def test_a_skewed_distribution_is_recorded_and_warned_of_once(world: World, capl
 
 @pytest.mark.anyio
 async def test_a_port_in_use_says_so_and_the_way_out() -> None:
-    listener = _listener()
+    listener = free_listener()
     section = GatewaySection(bind=f"127.0.0.1:{listener.getsockname()[1]}")
     with pytest.raises(CallError, match=r"is in use by another process\. Stop that one, or change gateway\.bind"):
         await serve_gateway(section, bus_address="tcp://127.0.0.1:1", secret=SECRET)

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from lightning_bus import spans as s
+from lightning_bus.gateway.dialects import as_asked
 from lightning_bus.gateway.recording import (
     Call,
     StreamRecord,
-    as_asked,
     failed_span,
     model_call_spans,
     prepare,
-    root_of_attempt,
     skewing_parameters,
 )
+from lightning_bus.otel.traceparent import root_of_attempt
 from lightning_bus.spans import model_call
 from lightning_bus.tokens import Claims
 
@@ -84,7 +84,7 @@ def test_a_failed_call_keeps_what_was_asked() -> None:
 def test_a_request_is_prepared_without_touching_the_agents_own() -> None:
     asked = {"model": "a", "temperature": None, "stream": True, "stream_options": {"x": 1}, "cache_salt": "mine"}
     before = json.dumps(asked)
-    sent = prepare(asked, Claims("r", 1, model="b", overrides={"top_p": 0.9, "stream": False}), cache_salt="7")
+    sent = prepare(asked, Claims("r", 1, model="b", overrides={"top_p": 0.9, "stream": False}))
     assert json.dumps(asked) == before
     assert sent == {
         "model": "b", "temperature": 1.0, "top_p": 0.9, "stream": True, "stream_options": {"x": 1, "include_usage": True},

@@ -11,7 +11,8 @@ import pytest
 from anyio.abc import SocketAttribute, SocketStream
 
 from lightning_bus.errors import BrokenError, BusyError, ConfigError
-from lightning_bus.gateway.upstream import Upstreams
+from lightning_bus.gateway.http_client import BUFFERED_BYTES_MAX
+from lightning_bus.gateway.upstream import Upstreams, _salted  # pyright: ignore[reportPrivateUsage]
 
 pytestmark = pytest.mark.anyio
 
@@ -95,15 +96,15 @@ async def test_a_stream_ends_or_breaks() -> None:
     whole = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n"
     async with engine(whole) as url, upstreams(url) as one:
         answer = await one.call("r", "POST", "/", stream=True)
-        assert (await answer.chunk(), await answer.chunk()) == (b"ab", None)
-        await answer.close()
+        assert (await answer.chunk(), await answer.chunk()) == (b"ab", b"")
+        answer.close()
         assert len(one.engines[0].idle) == 1
     async with engine(whole[:-5], answers_per_connection=1) as url, upstreams(url) as one:
         answer = await one.call("r", "POST", "/", stream=True)
         assert await answer.chunk() == b"ab"
         with pytest.raises(BrokenError, match="broke off in the middle"):
             await answer.chunk()
-        await answer.close()
+        answer.close()
         assert one.engines[0].idle == []
 
 
@@ -114,7 +115,7 @@ async def test_a_stream_that_stalls_is_given_up() -> None:
         assert await answer.chunk() == b"ab"
         with pytest.raises(BrokenError, match=r"did not finish the call within 0\.2 s"):
             await answer.chunk()
-        await answer.close()
+        answer.close()
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:4752", "ftp://127.0.0.1", "http://"])
@@ -123,3 +124,80 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         Upstreams([url], admission_wait_s=1, request_limit_s=1)
     with pytest.raises(ConfigError, match="is empty"):
         Upstreams([], admission_wait_s=1, request_limit_s=1)
+
+
+FAILING = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 4\r\n\r\noops"
+
+
+async def test_a_failure_of_one_engine_is_answered_by_another() -> None:
+    async with engine(FAILING) as bad, engine() as good, upstreams(bad, good) as both:
+        answers = [await both.call(key, "GET", "/") for key in map(str, range(20))]
+    assert {answer.engine.url for answer in answers} == {good}
+    assert {answer.asked for answer in answers} == {1, 2}
+
+
+async def test_a_failure_of_every_engine_is_passed_on() -> None:
+    async with engine(FAILING) as one, engine(FAILING) as two, upstreams(one, two) as both:
+        answer = await both.call("r", "GET", "/")
+    assert (answer.status, answer.body, answer.asked) == (500, b"oops", 2)
+
+
+async def test_a_call_of_no_rollout_goes_to_the_engine_with_the_fewest() -> None:
+    async with engine() as one, engine() as two, upstreams(one, two) as both:
+        both.engines[0].in_flight = 3
+        assert both.engine_of("").url == two
+        both.engines[1].in_flight = 4
+        assert both.engine_of("").url == one
+        both.engines[0].in_flight = both.engines[1].in_flight = 0
+        await both.call("", "GET", "/")
+    assert [known.in_flight for known in both.engines] == [0, 0]
+
+
+async def test_an_engine_that_is_found_unwell_is_asked_again_once_it_is_well(caplog: pytest.LogCaptureFixture) -> None:
+    async with engine() as one:
+        async with engine() as two:
+            port = int(two.rpartition(":")[2])
+        async with upstreams(one, two) as both:
+            health = await both.probe()
+            assert (health["engine 1"], health["engine 2"] != "ok") == ("ok", True)
+            keys = [str(number) for number in range(40)]
+            assert {both.engine_of(key).url for key in keys} == {one}
+            async with engine(port=port):
+                assert await both.probe() == {"engine 1": "ok", "engine 2": "ok"}
+                assert {both.engine_of(key).url for key in keys} == {one, two}
+
+
+async def test_the_prefix_cache_is_salted_with_the_weights_of_the_engine_that_is_asked() -> None:
+    async with engine() as url, upstreams(url) as one:
+        one.engines[0].version = "7"
+        answer = await one.call("r", "POST", "/", b'{"a":1}', salted=True)
+    assert answer.status == 200
+    assert _salted(b'{"a":1}', "7") == b'{"a":1,"cache_salt":"7"}'
+
+
+async def test_an_answer_without_a_length_ends_with_its_connection() -> None:
+    async with engine(b"HTTP/1.1 200 OK\r\n\r\nall of it", answers_per_connection=1) as url, upstreams(url) as one:
+        assert (await one.call("r", "GET", "/")).body == b"all of it"
+        assert one.engines[0].idle == []
+
+
+@pytest.mark.parametrize("answer", [b"what?\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n"])
+async def test_what_does_not_speak_http_is_no_engine(answer: bytes) -> None:
+    async with engine(answer) as url, upstreams(url, admission_wait_s=0.0) as one:
+        with pytest.raises(BusyError, match="does not speak HTTP"):
+            await one.call("r", "GET", "/")
+
+
+async def test_an_engine_that_streams_faster_than_anybody_reads_has_to_wait() -> None:
+    piece = b"x" * (1 << 20)
+    async with (
+        engine(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (8 << 20, piece * 8)) as url,
+        upstreams(url) as one,
+    ):
+        answer = await one.call("r", "GET", "/", stream=True)
+        received = 0
+        while part := await answer.chunk():
+            assert len(part) <= BUFFERED_BYTES_MAX + (1 << 20)
+            received += len(part)
+        answer.close()
+    assert received == 8 << 20

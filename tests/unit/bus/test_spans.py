@@ -81,6 +81,18 @@ def test_what_cannot_be_trained_on_says_why_and_never_raises(changed: dict[str, 
     assert call(**changed).untrainable == why
 
 
+def test_one_log_prob_that_is_not_finite_is_found_anywhere_in_a_long_call() -> None:
+    for at in (0, 149, 299):
+        logprobs = [-0.5] * 300
+        logprobs[at] = math.nan
+        got = call(RESPONSE_IDS=s.pack_ids(range(300)), LOGPROBS=s.pack_logprobs(logprobs))
+        assert got.untrainable == "log-probs not finite"
+
+
+def test_log_probs_at_the_end_of_the_range_are_finite() -> None:
+    assert call(LOGPROBS=s.pack_logprobs([-3e38, -3e38])).untrainable == ""
+
+
 def test_arrays_are_views_of_what_was_recorded() -> None:
     assert call().prompt_ids_P.dtype == np.dtype("<i4")
     assert call().logprobs_R.dtype == np.dtype("<f4")
