@@ -122,11 +122,14 @@ class MetricsTail:
 class Display:
     """Shows one run until it is cancelled: live in a terminal, as plain lines elsewhere."""
 
-    def __init__(self, name: str, directory: Path, *, bus: str, engine: str, console: Console) -> None:
+    def __init__(
+        self, name: str, directory: Path, *, bus: str, engine: str, console: Console, key: Path | None = None
+    ) -> None:
         self.view = View(name)
         self._console = console
         self._directory = directory
         self._bus = bus
+        self._key = key
         self._engine = engine
         self._tail = MetricsTail(directory / "metrics.jsonl")
         self._started_s = monotonic_s()
@@ -181,7 +184,7 @@ class Display:
     async def _follow_broker(self) -> None:
         while True:
             try:
-                async with Client(self._bus, role="display", limit_s=5.0) as client:
+                async with Client(self._bus, role="admin", key=self._key, limit_s=5.0) as client:
                     while True:
                         status = await client.status()
                         self.view.rollouts = status.rollouts

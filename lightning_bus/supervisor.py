@@ -33,6 +33,7 @@ from lightning_bus.clock import monotonic_s
 from lightning_bus.config import BrokerSection, GatewaySection, RunFile, Section, load, to_toml_table
 from lightning_bus.daemon import LIFELINE, client_address, run_secret
 from lightning_bus.errors import CallError, ConfigError, LightningBusError, StopProcess, StorageError, VersionError
+from lightning_bus.keys import ensure_run_keys, keys_directory
 
 PAUSE_S = 0.2  # before the first restart; doubles with each
 PAUSE_MAX_S = 5.0
@@ -87,7 +88,10 @@ def prepare(file: RunFile, *, force: bool = False, resume: bool = False) -> Path
         raise ConfigError(f"run.name {file.run.name!r} becomes a directory name: letters, digits, . _ - please")
     for section, address in binds(table):
         _must_be_free(section, address)
+    keys = keys_directory(file.section(BrokerSection).keys, directory)
     if resume:
+        if keys is not None:
+            ensure_run_keys(keys)
         # The daemons read run.toml there, so that is where a changed key has to be. One that says the same stays as it
         # is, its date included, which tells when the run began.
         if {**to_toml_table(load(directory / "run.toml", _kinds(file))), "run": None} != {**table, "run": None}:
@@ -110,6 +114,8 @@ def prepare(file: RunFile, *, force: bool = False, resume: bool = False) -> Path
         raise ConfigError(f"cannot make the run's directory {directory}: {exc}. Change [run] directory.") from exc
     _write_run_toml(directory, table)
     run_secret(directory)
+    if keys is not None:
+        ensure_run_keys(keys)
     return directory
 
 
@@ -160,12 +166,14 @@ def daemons(file: RunFile, directory: Path) -> list[Daemon]:
     bus = client_address(file.section(BrokerSection).bind)
     gateway = file.section(GatewaySection)
     workers = int(to_toml_table(file).get("worker", {}).get("processes", 1))
+    keys = keys_directory(file.section(BrokerSection).keys, directory)
 
     def command(*arguments: str) -> list[str]:
         return [sys.executable, "-m", "lightning_bus.cli", *arguments, "--run", run_toml]
 
     async def broker_answers() -> bool:
-        async with Client(address=bus, role="admin", limit_s=2.0) as client:
+        admin = None if keys is None else keys / "admin.key"
+        async with Client(address=bus, role="admin", key=admin, limit_s=2.0) as client:
             await client.status()
         return True
 

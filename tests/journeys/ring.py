@@ -23,7 +23,7 @@ from typing import Any
 
 import tomli_w
 
-from lightning_bus.log.store import LogReader
+from lightning_bus.log.reader import LogReader
 from lightning_bus.messages import Rollout
 
 CLI = (sys.executable, "-m", "lightning_bus.cli")

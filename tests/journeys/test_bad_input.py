@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bus.log.store import LogReader
+from lightning_bus.log.reader import LogReader
 from lightning_bus.records import Kind
 from tests.journeys.ring import CLI, Ring, cli, wait_until
 

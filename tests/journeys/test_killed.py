@@ -20,7 +20,7 @@ import pytest
 from safetensors import safe_open
 
 from lightning_bus import POLICY_WEIGHTS, WeightVersion
-from lightning_bus.log.store import LogReader
+from lightning_bus.log.reader import LogReader
 from tests.journeys.ring import LIMIT_S, Ring, wait_until
 
 STEPS = 40  # enough that a moment of some milliseconds in each is met, at two or three steps a second

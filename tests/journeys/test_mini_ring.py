@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from tests.journeys.ring import Ring, free_ports, running, wait_until
+from tests.journeys.ring import Ring, cli, free_ports, running, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -58,3 +58,16 @@ def test_the_checkpoint_of_a_run_can_be_served(ring: Ring, tmp_path: Path) -> No
     assert completion.choices[0].finish_reason in ("stop", "length")
     summary = json.loads((ring.run_dir / "summary.json").read_text(encoding="utf-8"))
     assert summary["rl_steps"] == 1
+
+
+def test_a_run_with_keys_ends_as_well_and_tells_strangers_nothing(ring: Ring) -> None:
+    ring.table["broker"]["keys"] = "auto"
+    ring.table["train"]["rl"]["steps_max"] = 1
+    ring.start()
+    wait_until(lambda: "broker is up" in ring.said(), "the broker")
+    stranger = cli("status", "--bus", ring.bus, cwd=ring.cwd)
+    assert (stranger.returncode, "key" in stranger.stderr) == (2, True), stranger
+    operator = cli("status", "--bus", ring.bus, "--key", str(ring.run_dir / "keys" / "admin.key"), cwd=ring.cwd)
+    assert operator.returncode == 0, operator
+    assert ring.wait() == 0, ring.said()
+    ring.assert_complete(steps=1)

@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lightning_bus import cli
+from lightning_bus import cli, cli_tools
 from lightning_bus.errors import BrokenError, ConfigError, LightningBusError, StorageError
 from lightning_bus.log.codec import encode_event
 from lightning_bus.log.store import LogWriter
-from lightning_bus.records import Kind, Record, RolloutEvent
+from lightning_bus.records import Kind, Put, Record, RolloutEvent, Table
 from lightning_bus.resources import Resource
 from lightning_bus.spans import (
     LOGPROBS,
@@ -25,6 +25,12 @@ from lightning_bus.spans import (
     pack_ids,
     pack_logprobs,
 )
+
+COMMANDS = [
+    "up", "demo", "broker", "gateway", "status", "tail", "spans", "verify", "cursors", "export", "backup", "submit", "wait",
+    "cancel", "drain", "resume", "dead list", "dead show", "dead replay", "dead purge",
+    "keys create", "keys list", "keys revoke",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -87,7 +93,8 @@ def test_spans_shows_a_rollout_and_refuses_an_unknown_one(run_dir: Path, capsys:
     assert exit_code("spans", "r-1", "--run", str(run_dir)) == 0
     assert "2 + 1 tokens" in capsys.readouterr().out
     assert exit_code("spans", "r-1", "--run", str(run_dir), "--json") == 0
-    span = json.loads(capsys.readouterr().out.splitlines()[2])
+    *_, attempt = map(json.loads, capsys.readouterr().out.splitlines())
+    (span,) = attempt["spans"]
     assert span["attributes"]["prompt_token_ids"] == [1, 2]
     assert span["attributes"]["response_logprobs"] == [-0.5]
     assert span["span_id"] == b"8 bytes.".hex()
@@ -97,7 +104,39 @@ def test_spans_shows_a_rollout_and_refuses_an_unknown_one(run_dir: Path, capsys:
 
 def test_status_of_a_log_on_disk(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("status", "--run", str(run_dir), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["next_offset"] == 5
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["first_offset"], facts["next_offset"], facts["dead"]) == (0, 5, 0)
+
+
+def test_cursors_show_how_far_behind_they_are(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = LogWriter(run_dir / "log", map_bytes_max=1 << 24)
+    log.commit([Put(Table.CURSORS, b"trainer", msgspec.msgpack.encode(3))])
+    log.close()
+    assert exit_code("cursors", str(run_dir), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"trainer": {"offset": 3, "behind": 2}}
+    assert exit_code("cursors", str(run_dir)) == 0
+    assert "trainer" in capsys.readouterr().out
+
+
+def test_a_backup_is_a_log_like_any_other(
+    run_dir: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path_factory.mktemp("elsewhere") / "log"
+    assert exit_code("backup", str(run_dir), str(target), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"records": 5, "target": str(target)}
+    assert exit_code("tail", "--run", str(target.parent), "-n", "1") == 0
+    assert "prompt/system version 3" in capsys.readouterr().out
+    assert exit_code("backup", str(run_dir), str(target)) == 2
+    assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_export_writes_rows_and_says_how_many(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_dir / "export"
+    assert exit_code("export", str(run_dir), "--out", str(out), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["spans"] == 1
+    assert "chat" in (out / "spans.jsonl").read_text(encoding="utf-8")
+    assert exit_code("export", str(run_dir), "--out", str(out)) == 2
+    assert "not an empty directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -132,7 +171,7 @@ def test_every_error_leaves_with_its_exit_code(
     def fail(path: Path) -> None:
         raise ExceptionGroup("tasks", [error]) if isinstance(error, LightningBusError) else error
 
-    monkeypatch.setattr(cli, "verify", fail)
+    monkeypatch.setattr(cli_tools, "verify", fail)
     assert exit_code("verify", str(tmp_path)) == code
     if isinstance(error, LightningBusError):
         assert "lightning-bus: x" in capsys.readouterr().err
@@ -146,9 +185,9 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["up", "demo", "broker", "gateway", "status", "tail", "spans", "verify"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(command, "--help") == 0
+    assert exit_code(*command.split(), "--help") == 0
     assert f"Example: lightning-bus {command}" in capsys.readouterr().out
 
 
