@@ -2,26 +2,26 @@
 
 A transaction takes time, and at its end it is on disk whole or not at all, as LMDB's are. Harm: it raises, having
 landed or not (an error tells nothing about that), or it is slow. A log opened by a process that was killed writes
-nothing more. Every value goes through the real encoder, and what is read comes from the encoded bytes.
+nothing more. What the log holds is kept by `log.memory`, which passes the same contract tests as the real one; its
+segments are small, so that some histories drop old ones.
 """
 
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import anyio
-import msgspec
 
-from lightning_bus import messages as m
 from lightning_bus.broker.core import Snapshot
 from lightning_bus.errors import StorageError
-from lightning_bus.log.codec import encode_record
-from lightning_bus.records import ProducerMark, Record, Table, Write
-from lightning_bus.resources import Resource
+from lightning_bus.log.memory import MemoryDisk, MemoryLog
+from lightning_bus.log.retention import SegmentInfo
+from lightning_bus.records import Record, Write
 
-KEY_BYTES_MAX = 511  # LMDB's
+SEGMENT_BYTES = 2500  # about a dozen records
 
 
 class Killed(Exception):
@@ -41,40 +41,44 @@ class DiskHealth:
 class Disk:
     """What is durable, whatever happens to the process that wrote it."""
 
-    def __init__(self, chance: random.Random, health: DiskHealth, committed: Callable[[Sequence[Write]], None]) -> None:
+    def __init__(
+        self, chance: random.Random, health: DiskHealth, committed: Callable[[Sequence[Write]], None],
+        dropping: Callable[[int], None],
+    ) -> None:  # fmt: skip
         self.health = health
-        self.values: list[bytes] = []  # the log, encoded; the offset is the index
-        self.tables: dict[Table, dict[bytes, bytes]] = {table: {} for table in Table}
+        self.log = MemoryLog(MemoryDisk(), segment_bytes=SEGMENT_BYTES)
         self.transactions = 0
+        self.fingerprint = 0  # of every transaction
+        self.healed = anyio.Event()
         self._chance = chance
         self._committed = committed
+        self._dropping = dropping
 
     def write(self, writes: Sequence[Write]) -> None:
         """One transaction. Refuses what the real log refuses: gaps, and keys that are too long."""
-        for write in writes:
-            if isinstance(write, Record):
-                assert write.offset == len(self.values), f"offset {write.offset} after {len(self.values)} records"
-                self.values.append(encode_record(write))
-            else:
-                assert 0 < len(write.key) <= KEY_BYTES_MAX
-                self.tables[write.table][write.key] = write.value
+        self.log.commit(writes)
         self.transactions += 1
+        for write in writes:
+            told = write.body if isinstance(write, Record) else write.key
+            self.fingerprint = zlib.crc32(told, self.fingerprint)
         self._committed(writes)
 
-    def snapshot(self) -> Snapshot:
-        """What a broker finds that opens the log now. Tables are read in the order of their keys."""
-        decode, tables = msgspec.msgpack.decode, self.tables
-        return Snapshot(
-            next_offset=len(self.values),
-            rollouts=[decode(value, type=m.Rollout) for _, value in sorted(tables[Table.ROLLOUTS].items())],
-            producers={k.decode(): decode(v, type=ProducerMark) for k, v in sorted(tables[Table.PRODUCERS].items())},
-            cursors={k.decode(): decode(v, type=int) for k, v in sorted(tables[Table.CURSORS].items())},
-            resources=[decode(value, type=Resource) for _, value in sorted(tables[Table.RESOURCES].items())],
-        )
+    def heal(self) -> None:
+        """It is a good disk from now on; what hung in it is over."""
+        self.health = DiskHealth()
+        self.healed.set()
+
+    def drop_before(self, offset: int) -> int:
+        """Retention. Small enough to be atomic; a crash in the midst of it is for tests/crash/power_loss."""
+        before = self.log.first_offset
+        first_offset = self.log.drop_before(offset)
+        if first_offset != before:
+            self._dropping(first_offset)
+        return first_offset
 
 
 class OpenLog:
-    """The log in the hands of one broker process: `log.store.LogWriter`, here."""
+    """The log in the hands of one broker process: `log.base.Log`, but for a commit that is awaited."""
 
     def __init__(self, disk: Disk) -> None:
         self.dead = False
@@ -84,8 +88,10 @@ class OpenLog:
         """Make all writes durable in one transaction. Raises StorageError: then they are, or not."""
         disk = self._disk
         chance, health = disk._chance, disk.health  # pyright: ignore[reportPrivateUsage]
-        slow = health.slow and chance.random() < health.slow
-        await anyio.sleep(health.slow_s if slow else chance.expovariate(1.0 / health.commit_s))
+        await anyio.sleep(chance.expovariate(1.0 / health.commit_s))
+        if health.slow and chance.random() < health.slow:
+            with anyio.move_on_after(health.slow_s):
+                await disk.healed.wait()
         refused = health.refuse and chance.random() < health.refuse
         if self.dead:
             raise Killed
@@ -94,18 +100,25 @@ class OpenLog:
         if refused:
             raise StorageError("the simulated disk refused a transaction")
 
+    @property
+    def first_offset(self) -> int:
+        return self._disk.log.first_offset
+
+    @property
+    def end_offset(self) -> int:
+        return self._disk.log.end_offset
+
     def load(self) -> Snapshot:
-        return self._disk.snapshot()
+        return self._disk.log.load()
 
     def read(self, offset: int, bytes_max: int) -> tuple[list[bytes], int]:
-        values: list[bytes] = []
-        size = 0
-        for value in self._disk.values[offset:]:
-            size += len(value)
-            if values and size > bytes_max:
-                break
-            values.append(value)
-        return values, len(self._disk.values)
+        return self._disk.log.read(offset, bytes_max)
+
+    def segments(self) -> list[SegmentInfo]:
+        return self._disk.log.segments()
+
+    def drop_before(self, offset: int) -> int:
+        return self.first_offset if self.dead else self._disk.drop_before(offset)
 
     def close(self) -> None:
         self.dead = True
@@ -115,11 +128,19 @@ class DiskReader:
     """The log as `log.verify` reads it."""
 
     def __init__(self, disk: Disk) -> None:
-        self._disk = disk
+        self._log = disk.log
+
+    @property
+    def first_offset(self) -> int:
+        return self._log.first_offset
 
     @property
     def end_offset(self) -> int:
-        return len(self._disk.values)
+        return self._log.end_offset
 
     def values(self, offset: int = 0) -> Iterator[bytes]:
-        return iter(self._disk.values[offset:])
+        offset = max(offset, self.first_offset)
+        while offset < self.end_offset:
+            values, _ = self._log.read(offset, 1 << 20)
+            yield from values
+            offset += len(values)

@@ -10,7 +10,10 @@ from tests.simulation.network import Weather
 
 # Where a broker may be killed: between a decision and its commit, on both sides of the disk, between two replies.
 MOMENTS = ("decided", "before commit", "after commit", "between replies")
-EVENTS = ("kill client", "kill broker", "stop broker", "cut", "silence", "stall", "move wall clock")
+EVENTS = (
+    "kill client", "pause client", "kill broker", "stop broker", "pause broker", "cut", "silence", "stall",
+    "move wall clock", "revoke",
+)  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -11,17 +11,21 @@ Damage is done to bodies and blobs only: the checksum does not cover the header 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
-import anyio
+from lightning_bus.transport import Arrived
+from tests.simulation.virtual_time import Bell, VirtualLoop
 
-from tests.simulation.virtual_time import VirtualLoop
-
+M = TypeVar("M")
 Frames = list[bytes]
 Direction = Literal["up", "down"]  # to the broker, from the broker
+ROLES = {
+    "admin": "admin", "auditor": "admin", "gateway": "gateway", "reader": "trainer", "trainer": "trainer",
+    "waiter": "trainer", "watcher": "agent", "worker": "worker",
+}  # fmt: skip
 IN_ORDER_S = 1e-6  # between two messages of a connection: timers of the same moment have no order
 
 
@@ -50,28 +54,27 @@ class Link:
     arrives_s: dict[Direction, float] = field(default_factory=lambda: {"up": 0.0, "down": 0.0})
 
 
-class Inbox:
+class Inbox(Generic[M]):
     """Messages that have arrived, and whoever waits for them."""
 
     def __init__(self) -> None:
         self.dead = False
-        self._messages: deque[Frames] = deque()
-        self._arrived = anyio.Event()
+        self._messages: deque[M] = deque()
+        self._arrived = Bell()
 
-    def put(self, frames: Frames) -> None:
-        self._messages.append(frames)
-        self._arrived.set()
+    def put(self, message: M) -> None:
+        self._messages.append(message)
+        self._arrived.ring()
 
-    async def receive(self) -> list[Frames]:
+    async def receive(self) -> list[M]:
         while not self._messages:
-            self._arrived = anyio.Event()
             await self._arrived.wait()
         batch = list(self._messages)
         self._messages.clear()
         return batch
 
 
-class ClientChannel(Inbox):
+class ClientChannel(Inbox[Frames]):
     """What `transport.connect_dealer` returns, here."""
 
     def __init__(self, network: Network, identity: str) -> None:
@@ -86,14 +89,18 @@ class ClientChannel(Inbox):
         self._network.disconnect(self._identity, self)
 
 
-class RouterChannel(Inbox):
+class RouterChannel(Inbox[Arrived]):
     """What `transport.bind_router` returns, here."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, sending: Callable[[], None]) -> None:
         super().__init__()
+        self.refused: dict[str, int] = {}  # nobody is
         self._network = network
+        self._sending = sending  # called before each message; the broker may die of it
+        self.refused = Counter[str]()
 
     def send(self, frames: Sequence[bytes]) -> bool:
+        self._sending()
         return self.dead or self._network.send_down(frames[0].decode(), list(frames[1:]))
 
     def close(self) -> None:
@@ -113,6 +120,7 @@ class Network:
         self, loop: VirtualLoop, chance: random.Random, weather: Weather, note: Callable[..., None] | None
     ) -> None:
         self.weather = weather
+        self.keys = False  # everybody has a key, which says what they may do
         self.links: dict[str, Link] = {}
         self.messages = 0
         self._loop = loop
@@ -122,16 +130,16 @@ class Network:
 
     # -- what stands in for lightning_bus.transport
 
-    def connect(self, address: str, identity: str) -> ClientChannel:
+    def connect(self, address: str, identity: str, key: object = None) -> ClientChannel:
         channel = ClientChannel(self, identity)
         # A client that comes back under its old name takes the name over (ROUTER_HANDOVER).
         link = self.links[identity] = Link(identity, channel)
         link.connected_at_s = self._loop.time() + self._chance.uniform(0.001, 0.02)
         return channel
 
-    def bind(self) -> RouterChannel:
+    def bind(self, sending: Callable[[], None] = lambda: None) -> RouterChannel:
         assert self._router is None, "one broker at a time"
-        self._router = RouterChannel(self)
+        self._router = RouterChannel(self, sending)
         return self._router
 
     def disconnect(self, identity: str, channel: ClientChannel) -> None:
@@ -159,7 +167,9 @@ class Network:
         self.weather = Weather()
         for link in self.links.values():
             link.silent.clear()
-            link.stalled_until_s = 0.0
+            if link.stalled_until_s > self._loop.time():
+                link.stalled_until_s = 0.0
+                self.cut(link)
 
     # -- messages
 
@@ -207,7 +217,8 @@ class Network:
             if not link.client.dead:
                 link.client.put(frames)
         elif self._router is not None:
-            self._router.put([link.identity.encode(), *frames])
+            role = ROLES[link.identity.partition("-")[0]] if self.keys else ""
+            self._router.put(Arrived(link.identity.encode(), "", frames, role))
 
     def _damaged(self, frames: Frames) -> Frames:
         index = self._chance.randrange(1, len(frames))

@@ -1,309 +1,283 @@
-"""The promises, watched. The oracle sees every transaction as it lands, and hears everything that a client was told.
+"""The promises, watched: what is on disk by the ledger, and here what was told and what the broker's memory holds.
 
-It keeps its own ledger, written from docs/protocol.md and the design's promises and not from the broker's code: its
-own table of moves, its own idea of who holds what. Two kinds of checks:
+    on disk     `ledger`: each transaction continues every life legally
+    told        an answer tells only what is on disk, and what is on disk never contradicts an answer
+    in time     with the harm over, who waits is told within PROMPT_S, and nothing goes on for longer than it may
+    in memory   a broker knows what its log tells, and remembers nobody who is gone
 
-    what is on disk     each transaction continues every rollout's, producer's, cursor's and resource's life legally
-    what was told       an answer tells only what is on disk, and what is on disk never contradicts an answer
-
-A check that fails raises Violation, whose text names the promise.
+A check that fails raises Violation, whose text begins with the promise. Not watched: turns between groups of one
+priority (tests/properties), when retention drops what it may, what STATUS counts as requeued, fenced and refused, and
+how much the broker's answers weigh.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-
-import msgspec
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lightning_bus import messages as m
-from lightning_bus.broker.core import BrokerState
 from lightning_bus.errors import LightningBusError
-from lightning_bus.log.codec import decode_event, decode_record, encode_record
-from lightning_bus.records import Kind, ProducerMark, Put, Record, Table, Write
+from lightning_bus.records import Record
 from lightning_bus.resources import Resource
+from tests.simulation.ledger import TERMINAL, Ledger, Report, Violation, check
 
-TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
-MOVES = {
-    ("queued", "lease"): "leased",
-    ("queued", "cancel"): "cancelled",
-    ("leased", "requeue"): "queued",
-    ("leased", "succeed"): "succeeded",
-    ("leased", "fail"): "failed",
-    ("leased", "cancel"): "cancelled",
-}
+PROMPT_S = 2.0  # between what happens and who waits for it, in calm: one resend, and then some
 
-
-class Violation(AssertionError):
-    """A promise was broken."""
-
-
-@dataclass(slots=True)
-class Life:
-    """A rollout as the durable log tells it."""
-
-    status: str = "queued"
-    attempt: int = 0
-    worker: str = ""  # of the newest attempt
-    been: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
-    holders: dict[int, str] = field(default_factory=dict[int, str])  # attempt → worker
+__all__ = ["Oracle", "Violation", "is_session_over"]
 
 
 class Oracle:
-    """One history, checked while it happens."""
+    """One history, checked while it happens. Times are the loop's, of which every process has the same."""
 
-    def __init__(self, max_attempts: int) -> None:
-        self.max_attempts = max_attempts
-        self.lives: dict[str, Life] = {}
-        self.spans: set[bytes] = set()  # chunks on disk
-        self.marks: dict[str, ProducerMark] = {}
-        self.cursors: dict[str, int] = {}
-        self.resources: dict[bytes, Resource] = {}
-        self.end_offset = 0
-        self._batch_last: dict[str, tuple[int, int, int]] = {}  # producer → (epoch, seq, part)
-        self._issued: dict[bytes, tuple[str, int]] = {}  # chunk of an append → (session, its place in the order)
-        self._ordered: dict[str, int] = {}  # session → place of its newest chunk on disk
-        self._reported: dict[bytes, tuple[str, str, int, str]] = {}  # last chunk → (session, rollout, attempt, what)
-        self._refused: set[bytes] = set()  # chunks whose sender was told that they were not kept
-        self._cursor_asked: dict[str, set[int]] = {}
+    def __init__(self, max_attempts: int, lease_s: float, now_s: Callable[[], float]) -> None:
+        self.disk = Ledger(max_attempts, lease_s)
+        self._now_s = now_s
         self._cursor_told: dict[str, int] = {}
-        self._ending: tuple[str, int, str] | None = None  # last spans on disk, their event not yet
-        self._unstored: set[str] = set()  # rollouts whose event is on disk, their state not yet
+        self._drains: list[tuple[float, float, float]] = []  # asked, told, lasted until
 
-    # -- what is on disk
-
-    def committed(self, writes: Sequence[Write]) -> None:
-        """A transaction landed."""
-        for write in writes:
-            if isinstance(write, Record):
-                self._take_record(write)
-            else:
-                self._take_put(write)
-        _check(self._ending is None, "state and data agree", "last spans without their event", self._ending)
-        _check(not self._unstored, "state and data agree", "an event without its state", self._unstored)
-
-    def _take_record(self, record: Record) -> None:
-        _check(decode_record(encode_record(record)) == record, "records read as written", record.offset)
-        _check(record.offset == self.end_offset, "one order", record.offset, "where", self.end_offset, "is due")
-        self.end_offset += 1
-        if record.kind is Kind.ROLLOUT:
-            self._take_event(record)
-        elif record.kind is Kind.SPANS:
-            self._take_spans(record)
-
-    def _take_event(self, record: Record) -> None:
-        event, rollout_id = decode_event(record), record.rollout_id
-        _check(rollout_id not in self._unstored, "state and data agree", rollout_id, "moved twice, stored never")
-        self._unstored.add(rollout_id)
-        ending, self._ending = self._ending, None
-        life = self.lives.get(rollout_id)
-        if event.what == "submit":
-            _check(life is None, "submitting again is a no-op", rollout_id)
-            life = self.lives[rollout_id] = Life()
-            life.been.add(("queued", 0))
-            return
-        if life is None:
-            raise Violation(f"each rollout is submitted first: {rollout_id} {event.what}")
-        _check(life.status not in TERMINAL, "terminal is final", rollout_id, life.status, "then", event.what)
-        status = MOVES.get((life.status, event.what))
-        _check(status == event.status, "moves are legal", rollout_id, life.status, event.what, event.status)
-        due = life.attempt + (event.what == "lease")
-        _check(record.attempt == due, "attempts are 1, 2, …", rollout_id, event.what, record.attempt, "for", due)
-        _check(record.attempt <= self.max_attempts, "attempts are bounded", rollout_id, record.attempt)
-        if event.what == "lease":
-            life.worker = life.holders[due] = event.worker
-        if ending is not None:
-            _check(
-                ending == (rollout_id, record.attempt, life.worker) and event.what in ("succeed", "fail", "requeue"),
-                "state and data agree", "last spans of", ending, "then", event.what, rollout_id, record.attempt,
-            )  # fmt: skip
-        # Every result reported in these histories carries last spans, so one without them was made up or torn.
-        _check(event.what != "succeed" or ending is not None, "state and data agree", rollout_id, "done without spans")
-        life.status, life.attempt = event.status, record.attempt
-        life.been.add((life.status, life.attempt))
-
-    def _take_spans(self, record: Record) -> None:
-        chunk, producer = record.body, record.producer
-        _check(self._ending is None, "state and data agree", "spans after last spans", self._ending)
-        _check(chunk not in self.spans, "nothing is appended twice", producer, record.epoch, record.seq, record.offset)
-        _check(chunk not in self._refused, "a refused span is never recorded", producer, record.offset)
-        self.spans.add(chunk)
-        if record.rollout_id:
-            life = self.lives.get(record.rollout_id)
-            _check(
-                life is not None and (life.status, life.attempt) == ("leased", record.attempt),
-                "fenced results are never recorded", record.rollout_id, record.attempt, "while", life,
-            )  # fmt: skip
-        if record.seq == 0:
-            session, rollout_id, attempt, _ = self._reported[chunk]
-            said = (session, rollout_id, attempt)
-            _check(said == (producer, record.rollout_id, record.attempt), "spans are filed as sent", said, record)
-            holder = self.lives[rollout_id].worker
-            _check(producer == holder, "only the holder reports", producer, "for", holder, rollout_id, attempt)
-            self._ending = (rollout_id, attempt, producer)
-            return
-        session, place = self._issued[chunk]
-        _check(session == producer, "spans are filed as sent", session, producer)
-        _check(self._ordered.get(session, -1) < place, "order per producer", session, place, self._ordered)
-        self._ordered[session] = place
-        batch, last = (record.epoch, record.seq, record.part), self._batch_last.get(producer)
-        _check(last is None or last < batch, "batches are in order", producer, last, "then", batch)
-        self._batch_last[producer] = batch
-
-    def _take_put(self, put: Put) -> None:
-        key = put.key.decode()
-        if put.table is Table.ROLLOUTS:
-            rollout, life = msgspec.msgpack.decode(put.value, type=m.Rollout), self.lives[key]
-            stands = (str(rollout.status), rollout.attempt)
-            _check(stands == (life.status, life.attempt), "state and data agree", key, stands, life)
-            self._unstored.discard(key)
-        elif put.table is Table.PRODUCERS:
-            mark = msgspec.msgpack.decode(put.value, type=ProducerMark)
-            last = self.marks.get(key, ProducerMark(0))
-            _check((mark.epoch, mark.seq) >= (last.epoch, last.seq), "marks never go back", key, last, mark)
-            self.marks[key] = mark
-        elif put.table is Table.CURSORS:
-            offset, last = msgspec.msgpack.decode(put.value, type=int), self.cursors.get(key, 0)
-            _check(last <= offset <= self.end_offset, "a cursor never goes back", key, last, "to", offset)
-            _check(offset in self._cursor_asked.get(key, ()), "a cursor never skips", key, "to", offset)
-            self.cursors[key] = offset
-        else:
-            resource = msgspec.msgpack.decode(put.value, type=Resource)
-            _check(put.key not in self.resources, "resources are immutable", resource.name, resource.version)
-            self.resources[put.key] = resource
-
-    # -- what was told
+    # -- what was told: work
 
     def sent_task(self, worker: str, task: m.Task) -> None:
         """A TASK left the broker."""
-        life = self.lives.get(task.rollout_id)
+        life = self.disk.life(task.rollout_id)
         holder = None if life is None else life.holders.get(task.attempt)
-        _check(holder == worker, "an attempt is on disk before it is sent, and has one holder",
-               task.rollout_id, task.attempt, "sent to", worker, "held by", holder)  # fmt: skip
+        check(holder == worker, "an attempt is on disk before it is sent, and has one holder",
+              task.rollout_id, task.attempt, "sent to", worker, "held by", holder)  # fmt: skip
 
     def appending(self, session: str, chunk: bytes) -> None:
         """A client was asked to append; its chunks are in the order of these calls."""
-        self._issued[chunk] = session, len(self._issued)
+        self.disk.issued[chunk] = session, len(self.disk.issued)
 
     def appended(self, chunk: bytes) -> None:
-        _check(chunk in self.spans, "an acknowledged span is on disk", self._issued[chunk])
+        check(chunk in self.disk.spans, "an acknowledged span is on disk", self.disk.issued[chunk])
 
     def not_kept(self, chunk: bytes) -> None:
         """A client was told that its spans were fenced."""
-        _check(chunk not in self.spans, "fenced means not recorded", self._issued.get(chunk), self._reported.get(chunk))
-        self._refused.add(chunk)
+        if chunk:
+            issued, reported = self.disk.issued.get(chunk), self.disk.reported.get(chunk)
+            check(chunk not in self.disk.spans, "fenced means not recorded", issued, reported)
+            self.disk.refused.add(chunk)
 
-    def reporting(self, session: str, rollout_id: str, attempt: int, what: str, chunk: bytes) -> None:
-        self._reported[chunk] = session, rollout_id, attempt, what
+    def report_fenced(self, task: m.Task, what: str, chunk: bytes) -> None:
+        """A worker was told that what it said came too late.
 
-    def reported(self, chunk: bytes) -> None:
-        session, rollout_id, attempt, what = self._reported[chunk]
-        life = self.lives[rollout_id]
-        _check(chunk in self.spans, "an acknowledged result is on disk", rollout_id, attempt, what)
-        _check(life.holders[attempt] == session, "only the holder reports", rollout_id, attempt, session)
-        ends = {"done": {"succeeded"}, "fail": {"queued", "failed"}, "final": {"failed"}}[what]
-        _check(
-            any((end, attempt) in life.been for end in ends), "an acknowledged result stands", rollout_id, attempt, life
+        Of handing back the broker remembers the two newest attempts: an older one may be told so although it counted.
+        """
+        life = self.disk.life(task.rollout_id)
+        if what == "done" or (life is not None and life.attempt < task.attempt + 2):
+            self.not_kept(chunk)
+
+    def reporting(self, session: str, task: m.Task, what: str, chunk: bytes, delay_s: float) -> None:
+        """A worker is about to say what came of an attempt; `chunk` are its last spans."""
+        attempt = task.rollout_id, task.attempt
+        if chunk:
+            self.disk.reported[chunk] = attempt
+        self.disk.reports.setdefault(attempt, []).append(Report(session, what, delay_s))
+
+    def reported(self, session: str, task: m.Task, what: str, chunk: bytes) -> None:
+        """The broker has accepted that."""
+        life = self.disk.life(task.rollout_id)
+        here = task.rollout_id, task.attempt, what
+        if life is None:
+            raise Violation(f"an acknowledged result is on disk: {here}")
+        check(not chunk or chunk in self.disk.spans, "an acknowledged result is on disk", *here)
+        check(life.holders[task.attempt] == session, "only the holder reports", *here, session)
+        ends = {"done": {"succeeded"}, "final": {"failed"}, "release": {"queued"}}.get(what, {"queued", "failed"})
+        stands = any((end, task.attempt) in life.been for end in ends)
+        check(stands, "an acknowledged result stands", *here, life)
+
+    # -- what was told: rollouts
+
+    def submitted(self, submission: m.Submission, rollout_id: str) -> None:
+        """A SUBMIT was accepted, under that id."""
+        life = self.disk.life(rollout_id)
+        if life is None or life.submission is None:
+            raise Violation(f"an acknowledged rollout is on disk: {rollout_id}")
+        if submission.key:
+            check(life.submission.key == submission.key, "one rollout an idempotency key", submission, life.submission)
+        else:
+            check(submission.rollout_id == rollout_id, "a rollout keeps its id", submission.rollout_id, rollout_id)
+        check(life.submission.task == submission.task, "a known id has its task", rollout_id)
+
+    def cancelled(self, rollout_ids: Sequence[str]) -> None:
+        for rollout_id in rollout_ids:
+            life = self.disk.life(rollout_id)
+            check(life is not None and life.status in TERMINAL, "cancelled is over", rollout_id, life)
+
+    def told_end(self, end: m.End, asked_s: float | None) -> None:
+        """A WAIT was answered, or pushed. `asked_s`: it was asked then, in calm, so this should have come at once."""
+        life = self.disk.life(end.rollout_id)
+        if life is None:
+            raise Violation(f"only what is on disk is told: {end}")
+        stands = life.status, life.attempt, life.reward
+        check(stands == (str(end.status), end.attempt, end.reward) and life.status in TERMINAL,
+              "only what is on disk is told", end, life)  # fmt: skip
+        if asked_s is not None and asked_s > self._broker_s:
+            late_s = self._now_s() - max(asked_s, life.ended_s)
+            check(late_s <= PROMPT_S, "who waits is told at once", end.rollout_id, f"{late_s:.3f} s")
+
+    def dead_letters(self, letters: Sequence[m.Rollout]) -> None:
+        for letter in letters:
+            life = self.disk.life(letter.submission.rollout_id)
+            check(
+                life is not None and life.status == "failed" and life.submission is not None
+                and life.submission.task == letter.submission.task,
+                "a dead letter keeps its task", letter, life,
+            )  # fmt: skip
+
+    def replayed(self, letter_id: str, replay_id: str) -> None:
+        life = self.disk.life(letter_id)
+        check(
+            life is not None and life.replayed_as == replay_id, "one replay a dead letter", letter_id, replay_id, life
         )
+        check(self.disk.life(replay_id) is not None, "an acknowledged rollout is on disk", replay_id)
 
-    def submitted(self, rollout_ids: Iterable[str]) -> None:
-        for rollout_id in rollout_ids:
-            _check(rollout_id in self.lives, "an acknowledged rollout is on disk", rollout_id)
+    def purged(self, letter_id: str) -> None:
+        life = self.disk.life(letter_id)
+        check(life is not None and life.purged, "an acknowledged purge is on disk", letter_id, life)
 
-    def cancelled(self, rollout_ids: Iterable[str]) -> None:
-        for rollout_id in rollout_ids:
-            _check(self.lives[rollout_id].status in TERMINAL, "cancelled is over", rollout_id)
+    def drained(self, asked_s: float, told_s: float, until_s: float) -> None:
+        """A broker was asked to drain, said so, and nobody has told it to go on until then."""
+        self._drains.append((asked_s, told_s, until_s))
 
-    def seen(self, rollouts: Iterable[m.Rollout]) -> None:
+    def seen(self, rollouts: Sequence[m.Rollout]) -> None:
         """A QUERY was answered."""
         for rollout in rollouts:
-            life = self.lives.get(rollout.submission.rollout_id)
+            life = self.disk.life(rollout.submission.rollout_id)
             stands = (str(rollout.status), rollout.attempt)
-            _check(life is not None and stands in life.been, "only what is on disk is told", stands, life)
+            check(life is not None and stands in life.been, "only what is on disk is told", stands, life)
 
     def counted(self, status: m.StatusIs) -> None:
-        _check(sum(status.rollouts.values()) <= len(self.lives), "counts add up", status)
-        _check(all(count >= 0 for count in status.rollouts.values()), "counts add up", status)
-        _check(status.held == status.rollouts["leased"], "counts add up", status)
-        _check(status.next_offset <= self.end_offset, "only what is on disk is told", status)
+        known = len(self.disk.lives) + len(self.disk.forgotten)
+        check(sum(status.rollouts.values()) <= known, "counts add up", status)
+        check(all(count >= 0 for count in status.rollouts.values()), "counts add up", status)
+        check(status.held == status.rollouts["leased"], "counts add up", status)
+        check(0 <= status.delayed <= status.rollouts["queued"], "counts add up", status)
+        check(0 <= status.dead <= status.rollouts["failed"], "counts add up", status)
+        check(status.next_offset <= self.disk.end_offset, "only what is on disk is told", status)
+
+    # -- what was told: resources and the log
 
     def published(self, resource: Resource) -> None:
-        _check(resource in self.resources.values(), "an acknowledged resource is on disk", resource)
+        check(resource in self.disk.resources.values(), "an acknowledged resource is on disk", resource)
+
+    def watched(self, resource: Resource, above: int, asked_s: float | None) -> None:
+        """A WATCH was answered. `asked_s` as in `told_end`."""
+        self.published(resource)
+        check(resource.version > above, "a watcher sees newer versions", resource, above)
+        if asked_s is not None and asked_s > self._broker_s:
+            late_s = self._now_s() - max(asked_s, self.disk.published_s[resource.name, resource.version])
+            check(late_s <= PROMPT_S, "who watches is told at once", resource, f"{late_s:.3f} s")
 
     def moving_cursor(self, name: str, offset: int) -> None:
-        self._cursor_asked.setdefault(name, set()).add(offset)
+        self.disk.cursor_asked.setdefault(name, set()).add(offset)
 
     def cursor_at(self, name: str, offset: int) -> None:
         """A consumer, of which there is one a name, was told where its cursor is."""
-        _check(offset <= self.cursors.get(name, 0), "an acknowledged cursor is on disk", name, offset)
-        _check(offset >= self._cursor_told.get(name, 0), "a cursor never goes back", name, offset)
+        check(offset <= self.disk.cursors.get(name, 0), "an acknowledged cursor is on disk", name, offset)
+        check(offset >= self._cursor_told.get(name, 0), "a cursor never goes back", name, offset)
         self._cursor_told[name] = offset
 
     def fetched(self, offset: int, records: Sequence[Record], next_offset: int, end_offset: int) -> None:
         """A reader asked for `offset` and got these."""
         due = list(range(offset, offset + len(records)))
-        _check([record.offset for record in records] == due, "a reader never skips", offset, len(records))
-        _check(next_offset == offset + len(records), "a reader never skips", offset, next_offset)
-        _check(end_offset <= self.end_offset and next_offset <= max(offset, end_offset),
-               "only what is on disk is told", next_offset, end_offset)  # fmt: skip
+        check([record.offset for record in records] == due, "a reader never skips", offset, len(records))
+        check(next_offset == offset + len(records), "a reader never skips", offset, next_offset)
+        check(end_offset <= self.disk.end_offset and next_offset <= max(offset, end_offset),
+              "only what is on disk is told", next_offset, end_offset)  # fmt: skip
 
-    # -- the broker's own state
+    def dropping(self, first_offset: int) -> None:
+        """Retention drops what is before that."""
+        at = min(self.disk.cursors.values(), default=first_offset)
+        check(first_offset <= at, "retention keeps what a cursor has to read", first_offset, self.disk.cursors)
+        check(first_offset <= self.disk.end_offset, "retention drops whole segments", first_offset)
+        self.disk.first_offset = first_offset
 
-    def restored(self, state: BrokerState) -> None:
+    @property
+    def _broker_s(self) -> float:
+        """When the newest broker started. Who asked the one before may have to ask again."""
+        return max(self.disk.brokers_s.values(), default=0.0)
+
+    # -- in time
+
+    def on_time(self, since_s: float) -> None:
+        """In calm, since then: no attempt takes longer than its time limit, which a broker that starts counts anew."""
+        since_s = max(since_s, self._broker_s)
+        for rollout_id in self.disk.unfinished:
+            life = self.disk.lives[rollout_id]
+            if life.status == "leased" and life.submission is not None and life.submission.timeout_s:
+                took_s = self._now_s() - max(since_s, life.moved_s)
+                over = took_s > life.submission.timeout_s + PROMPT_S
+                check(not over, "a time limit ends an attempt", rollout_id, life.attempt, f"{took_s:.3f} s")
+
+    def conclude(self) -> None:
+        """The history is over: what can only be judged now."""
+        started_s = self.disk.brokers_s
+        for asked_s, told_s, until_s in self._drains:
+            for rollout_id, broker, at_s in self.disk.leases:
+                drained = told_s < at_s < until_s and started_s[broker] < asked_s
+                check(not drained, "a draining broker leases nothing", rollout_id, f"at {at_s:.3f}", told_s, until_s)
+
+    # -- in memory
+
+    def restored(self, state: Any) -> None:
         """A broker opened the log: it must know what the ledger knows."""
+        disk = self.disk
         stands = {i: (str(rollout.status), rollout.attempt) for i, rollout in state.rollouts.items()}
-        told = {i: (life.status, life.attempt) for i, life in self.lives.items()}
-        _check(stands == told, "a broker knows what its log tells", stands, told)
-        _check(state.next_offset == self.end_offset, "a broker knows what its log tells", state.next_offset)
-        _check(state.producers == self.marks, "a broker knows what its log tells", state.producers, self.marks)
-        _check(state.cursors == self.cursors, "a broker knows what its log tells", state.cursors, self.cursors)
+        told = {i: (life.status, life.attempt) for i, life in disk.lives.items()}
+        check(stands == told, "a broker knows what its log tells", stands, told)
+        for name in ("producers", "cursors", "keys"):
+            mine, its = getattr(disk, "marks" if name == "producers" else name), getattr(state, name)
+            check(its == mine, "a broker knows what its log tells", name, its, mine)
+        check(state.next_offset == disk.end_offset, "a broker knows what its log tells", state.next_offset)
         versions = [resource for by_version in state.resources.values() for resource in by_version.values()]
-        _check(len(versions) == len(self.resources), "a broker knows what its log tells", versions)
-        for producer, (epoch, seq, _) in self._batch_last.items():
+        check(len(versions) == len(disk.resources), "a broker knows what its log tells", versions)
+        for producer, (epoch, seq, _) in disk.batch_last.items():
             mark = state.producers[producer]
-            _check((mark.epoch, mark.seq) >= (epoch, seq), "the dedup mark is as new as the log", producer, mark, seq)
+            check((mark.epoch, mark.seq) >= (epoch, seq), "the dedup mark is as new as the log", producer, mark, seq)
         self.consistent(state)
 
-    def consistent(self, state: BrokerState) -> None:
+    def consistent(self, state: Any) -> None:
         """What holds between any two decisions."""
         rollouts, leases = state.rollouts, state.table.leases
         counts = Counter(rollout.status for rollout in rollouts.values())
-        _check(counts == +state.counts, "counts add up", counts, state.counts)
-        _check(len(leases) == counts["leased"], "one lease a leased rollout", leases)  # type: ignore[index]
+        check(counts == +state.counts, "counts add up", counts, state.counts)
+        check(len(leases) == counts["leased"], "one lease a leased rollout", leases)
         for rollout_id, lease in leases.items():
             rollout = rollouts[rollout_id]
-            _check(
-                rollout.status == "leased" and (rollout.attempt, rollout.worker) == (lease.attempt, lease.worker),
-                "one lease a leased rollout", lease, rollout,
-            )  # fmt: skip
-        _check(
-            sum(map(len, state.table.held_by.values())) == len(leases),
-            "one lease a leased rollout",
-            state.table.held_by,
-        )
+            holder = lease.attempt, lease.worker
+            holds = rollout.status == "leased" and (rollout.attempt, rollout.worker) == holder
+            check(holds, "one lease a leased rollout", lease, rollout)
+        held = sum(map(len, state.table.held_by.values()))
+        check(held == len(leases), "one lease a leased rollout", state.table.held_by)
+        for rollout_id in state.delayed:
+            rollout = rollouts[rollout_id]
+            waits = rollout.status == "queued" and rollout.ready_wall_ns > 0
+            check(waits, "delayed is what waits for its time", rollout)
 
-    def same(self, live: BrokerState, restored: BrokerState) -> None:
+    def same(self, live: Any, restored: Any) -> None:
         """With nothing under way, a broker that opened the log now would know what this one knows."""
-        for name in ("rollouts", "producers", "cursors", "resources", "next_offset"):
-            mine, theirs = getattr(live, name), getattr(restored, name)
-            _check(mine == theirs, "memory and disk agree", name, mine, theirs)
+        for name in ("rollouts", "producers", "cursors", "resources", "next_offset", "keys", "dead"):
+            mine, its = getattr(live, name), getattr(restored, name)
+            check(mine == its, "memory and disk agree", name, mine, its)
         holders = [{i: (x.worker, x.attempt) for i, x in s.table.leases.items()} for s in (live, restored)]
-        _check(holders[0] == holders[1], "memory and disk agree", "leases", *holders)
-        queued = {i for i, rollout in live.rollouts.items() if rollout.status == "queued"}
-        _check({i for _, i in [*live.ready, *live.delayed]} >= queued, "what is queued will be leased", queued)
-        _check({i for _, i in [*restored.ready, *restored.delayed]} >= queued, "what is queued will be leased", queued)
+        check(holders[0] == holders[1], "memory and disk agree", "leases", *holders)
+        queued = [i for i, rollout in live.rollouts.items() if rollout.status == "queued"]
+        for state in (live, restored):
+            waits = len(state.ready) + len(state.delayed) + (state.next_up is not None)
+            check(waits >= len(queued), "what is queued will be leased", queued)
 
-    @property
-    def unfinished(self) -> list[str]:
-        return [rollout_id for rollout_id, life in self.lives.items() if life.status not in TERMINAL]
+    def quiet(self, state: Any, delayed: int) -> None:
+        """Everybody has been gone for a while: the broker remembers what is on disk and no more."""
+        table = state.table
+        left = {
+            "waits": len(state.waits), "watches": len(state.watches), "workers": table.workers, "leases": table.leases,
+            "open": table.open, "held": table.held_by, "bytes": table.held_bytes, "delayed": len(state.delayed) - delayed,
+        }  # fmt: skip
+        check(not any(left.values()), "nobody who is gone is remembered", left)
 
 
 def is_session_over(error: LightningBusError) -> bool:
     """True when a producer was told that a successor took its name: its last batch may well be recorded."""
     return "session is over" in str(error)
-
-
-def _check(holds: bool, promise: str, *facts: object) -> None:
-    if not holds:
-        raise Violation(f"{promise}: {' '.join(map(str, facts))}")

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
-from tests.simulation.oracle import Violation
+from tests.simulation.ledger import Violation
 from tests.simulation.world import Outcome, simulate
 
 PROGRESS_S = 5.0

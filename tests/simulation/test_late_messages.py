@@ -1,4 +1,4 @@
-"""What a network may do to one client, in a row of its own: regressions that seeds have found, told as stories.
+"""Regressions that seeds have found, told as stories, most of them of what a network may do to one client.
 
 The client is the real one; the broker is the test, which answers when and what it likes.
 """
@@ -6,7 +6,7 @@ The client is the real one; the broker is the test, which answers when and what 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,9 @@ from lightning_bus import wire
 from lightning_bus.client import Client
 from lightning_bus.client import session as session_module
 from lightning_bus.errors import RemoteProtocolError
+from lightning_bus.log.memory import MemoryLog
+from lightning_bus.log.verify import verify_log
+from lightning_bus.transport import Arrived
 from tests.core_harness import Desk
 from tests.simulation.network import Network, RouterChannel, Weather
 from tests.simulation.virtual_time import run, virtual_loop
@@ -28,13 +31,13 @@ class Broker:
 
     def __init__(self, router: RouterChannel) -> None:
         self._router = router
-        self._waiting: list[list[bytes]] = []
+        self._waiting: list[Arrived] = []
 
     async def hears(self, kind: type[m.Body]) -> wire.Message:
         """Return the next message of that kind, leaving out others."""
         while True:
             while self._waiting:
-                self.peer, *frames = self._waiting.pop(0)
+                self.peer, _, frames, _ = self._waiting.pop(0)
                 message = wire.decode(frames)
                 if isinstance(message.body, kind):
                     return message
@@ -118,3 +121,58 @@ def test_the_number_of_a_batch_whose_fate_is_unknown_is_never_given_to_another()
         assert b"second" in [record.body for record in desk.log.records], "acknowledged, so it is kept"
 
     play(broker_side, client_side)
+
+
+def test_an_answer_to_a_former_bearer_of_our_name_is_not_taken_for_ours() -> None:
+    """A process that is started again under its name would else take "it is durable" for what was never sent."""
+
+    async def broker_side(broker: Broker) -> None:
+        hello = await broker.hears(m.Hello)
+        broker.says(m.Welcome(2, 0, m.MESSAGE_BYTES_MAX, 10.0, 0), hello.header.request)
+        submit = await broker.hears(m.Submit)
+        for request in range(1, 20):
+            broker.says(m.Accepted(7), request)
+        await anyio.sleep(0.5)
+        broker.says(m.Accepted(1), submit.header.request)
+
+    async def client_side(bus: Client) -> None:
+        assert (await bus.submit([m.Submission("r-1", b"")])).fresh == 1
+
+    play(broker_side, client_side)
+
+
+def test_a_cursor_is_kept_even_at_the_beginning_of_the_log() -> None:
+    """Else a reader could not ask retention to wait for it before it has read something."""
+    desk = Desk()
+    desk.submit("r-1")
+    assert desk.say("t", m.Commit("c", 0)) == m.CursorAt("c", 0)
+    assert desk.restored().cursors == {"c": 0}
+    assert desk.say("t", m.Commit("c", 0)) == m.CursorAt("c", 0)
+    assert not desk.last.writes, "sent again, it is no news"
+
+
+def test_a_log_is_verified_whose_dead_letter_was_replayed_after_its_end_was_dropped() -> None:
+    log = MemoryLog(segment_bytes=1)  # a segment a transaction
+    desk = Desk()
+    desk.leased("r-1")
+    desk.say("w", m.Fail("r-1", 1, "boom", retryable=False))
+    end_offset = len(desk.log.records)
+    desk.say("t", m.Replay(["r-1"]))
+    desk.say("t", m.Cancel(["r-1.r1"]))
+    for record in desk.log.records:
+        log.commit([record])
+    assert log.drop_before(end_offset) == end_offset
+    assert [check.first for check in verify_log(Kept(log)).checks if not check.proved] == []
+
+
+class Kept:
+    """A log in memory, as `verify` reads it."""
+
+    def __init__(self, log: MemoryLog) -> None:
+        self.first_offset = log.first_offset
+        self.end_offset = log.end_offset
+        self._log = log
+
+    def values(self) -> Iterator[bytes]:
+        for offset in range(self.first_offset, self.end_offset):
+            yield self._log.read(offset, 1)[0][0]

@@ -21,9 +21,13 @@ from tests.simulation.world import simulate
 ROOT = Path(__file__).resolve().parent.parent.parent
 HARM = [
     "broker ended: StorageError", "cut", "kill broker", "kill client", "killed: after commit", "killed: before commit",
-    "killed: between replies", "killed: decided", "move wall clock", "silence", "stall", "stop broker",
+    "killed: between replies", "killed: decided", "move wall clock", "pause broker", "pause client", "silence", "stall",
+    "stop broker",
 ]  # fmt: skip
-OUTCOMES = ["append: BrokenError", "done", "fail", "fenced", "final", "lost", "span fenced", "unreported"]
+OUTCOMES = [
+    "append: BrokenError", "conflict", "done", "drained", "fail", "fenced", "final", "lost", "nack", "purged",
+    "release", "replayed", "span fenced", "unreported", "waited", "watched",
+]  # fmt: skip
 
 
 def test_every_promise_holds_in_a_hundred_histories_and_all_harm_was_done() -> None:

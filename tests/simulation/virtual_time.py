@@ -3,11 +3,16 @@
 When nothing is ready the loop does not sleep, it sets its clock to the next timer. There are no threads and no files
 in it, so the order in which things happen depends on the program and its seed alone. A program in which nothing can
 ever happen again is an error, not a hang.
+
+What runs on the loop may be divided into processes, each of which can be paused as SIGSTOP does: it does nothing until
+it goes on, and then all that has come and all that is overdue at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import heapq
 import selectors
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
@@ -18,10 +23,33 @@ from lightning_bus import clock
 
 START_S = 1000.0
 WALL_START_NS = 1_700_000_000_000_000_000
+WALL_STEP_NS = 1_000_000_000_000  # the wall clock jumps by whole steps, and no history is as long as one
+
+process: contextvars.ContextVar[str] = contextvars.ContextVar("process", default="")  # which one this code runs in
+
+
+def decided_s(wall_ns: int) -> float:
+    """Return the virtual time at which the wall clock was read, however it had been moved."""
+    return START_S + (wall_ns - WALL_START_NS) % WALL_STEP_NS / 1e9
 
 
 class NothingWillEverHappen(RuntimeError):
     """Every task waits for another one."""
+
+
+class Bell:
+    """Wakes the one task that waits. An event of anyio would do, at four times the cost."""
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
 
 class _Clock(selectors.BaseSelector):
@@ -52,7 +80,45 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._virtual = _Clock()
         self.wall_shift_ns = 0
+        # process → what waits for it to go on: timers, and what would run at once
+        self._paused: dict[str, tuple[list[asyncio.TimerHandle], list[asyncio.Handle]]] = {}
         super().__init__(self._virtual)
+
+    def pause(self, name: str) -> None:
+        """Let the process do nothing from now on, beyond what it was to do at this very moment."""
+        timers: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        self._paused[name] = [timer for timer in timers if _process_of(timer) == name], []
+        timers[:] = [timer for timer in timers if _process_of(timer) != name]
+        heapq.heapify(timers)
+        # Where asyncio takes in what is to be done, later and now. Only then, for it is the hottest path there is.
+        self.call_at, self._call_soon = self._call_at_or_hold, self._call_soon_or_hold
+
+    def go_on(self, name: str) -> None:
+        """Let a paused process go on; what is overdue happens now."""
+        timers, ready = self._paused.pop(name, ((), ()))
+        for timer in timers:
+            heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        self._ready.extend(ready)  # type: ignore[attr-defined]
+        if not self._paused and "call_at" in vars(self):
+            del self.call_at, self._call_soon
+
+    def _call_at_or_hold(
+        self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = super().call_at(when, callback, *args, context=context)
+        held = self._paused.get(_process_of(timer))
+        if held is not None:
+            self._scheduled.remove(timer)  # type: ignore[attr-defined]
+            heapq.heapify(self._scheduled)  # type: ignore[attr-defined]
+            held[0].append(timer)
+        return timer
+
+    def _call_soon_or_hold(self, callback: Any, args: Any, context: Any) -> asyncio.Handle:
+        handle: asyncio.Handle = super()._call_soon(callback, args, context)  # type: ignore[misc]
+        held = self._paused.get(_process_of(handle))
+        if held is not None:
+            held[1].append(self._ready.pop())  # type: ignore[attr-defined]
+        return handle
 
     def time(self) -> float:
         return self._virtual.now_s
@@ -64,6 +130,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time_ns(self) -> int:
         return WALL_START_NS + self.wall_shift_ns + int((self._virtual.now_s - START_S) * 1e9)
+
+
+def _process_of(handle: asyncio.Handle) -> str:
+    return handle._context.get(process, "")  # type: ignore[attr-defined]
 
 
 @contextmanager
