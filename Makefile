@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+BENCHES ?= engine spans tasks latency read reopen memory gateway tracing
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
@@ -35,11 +36,12 @@ format: $(VENV)/.stamp  ## put the code into the one format
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.stamp  ## every benchmark; each prints one JSON object last
-	@for n in engine spans tasks latency read; do echo "bench.$$n"; $(BIN)/python -m bench.$$n --json || exit 1; done
+bench: $(VENV)/.stamp  ## every benchmark, against peers that it installs into .bench; each prints one JSON object last
+	@$(BIN)/python -m bench.install
+	@for n in $(BENCHES); do echo "bench.$$n"; $(BIN)/python -m bench.$$n --json || exit 1; done
 
-clean:  ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, .bench and caches; runs/ stays
+	rm -rf $(VENV) .bench .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment, made again when what it should hold changes.

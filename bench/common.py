@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import numpy as np
+import tomli_w
 
 from lightning_bus import Span
 from lightning_bus.spans import pack_ids, pack_logprobs
@@ -35,6 +37,8 @@ from lightning_bus.spans import pack_ids, pack_logprobs
 GROUP_BYTES = 1 << 20  # of the raw measurement: what a good group commit reaches
 STOP_LIMIT_S = 20.0
 TOKENS = 300  # response tokens and log-probs of a span
+PEERS = Path(__file__).resolve().parent.parent / ".bench"  # what `python -m bench.install` installed
+PEERS_PYTHON = PEERS / "python"
 
 # -- the span ---------------------------------------------------------------------------------------------------------
 
@@ -93,11 +97,24 @@ class Broker:
 
 
 @contextmanager
-def broker(directory: Path) -> Generator[Broker]:
-    """Run `lightning-bus broker` on the log in this directory; it has ended when the context has."""
-    address = f"tcp://127.0.0.1:{free_port()}"
+def broker(directory: Path, **section: Any) -> Generator[Broker]:
+    """Run `lightning-bus broker` on the log in this directory; it has ended when the context has.
+
+    section  what RUN.toml would say under [broker], such as segment_bytes=1 << 28.
+    """
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
     command = [sys.executable, "-m", "lightning_bus.cli", "broker", "--bind", address, "--log", str(directory)]
+    if section:
+        file = directory.with_name(f"{directory.name}.toml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        run = {"directory": str(directory.parent), "name": f"{directory.name}.run"}
+        # A run file is not whole without them.
+        others = {"policy": {"model": "unused"}, "train": {"tasks": "unused", "held_out": "unused"}}
+        file.write_text(tomli_w.dumps({"run": run, "broker": section, **others}))
+        command += ["--run", str(file)]
     with running(command) as process:
+        connect(port, process=process).close()
         yield Broker(address, process.pid)
 
 
@@ -211,6 +228,33 @@ def raw_bytes_per_s(directory: Path, seconds: float) -> float:
         path.unlink()
 
 
+# -- peers ------------------------------------------------------------------------------------------------------------
+
+
+def peer_module(name: str) -> Any:
+    """Return a peer's Python client, from this environment or from `.bench`; None where it is not installed."""
+    if str(PEERS_PYTHON) not in sys.path:
+        sys.path.append(str(PEERS_PYTHON))  # last: what is installed beside the bus wins
+    return import_module(name) if find_spec(name) else None
+
+
+def nats_server() -> str | None:
+    """Return the path of nats-server: NATS_SERVER, or on PATH, or from `.bench`."""
+    return (
+        os.environ.get("NATS_SERVER") or shutil.which("nats-server") or shutil.which("nats-server", path=_peers_bin())
+    )
+
+
+def agentlightning_python() -> str | None:
+    """Return the interpreter of the environment that has Agent Lightning: AGENTLIGHTNING_PYTHON, or from `.bench`."""
+    own = PEERS / "agentlightning" / "bin" / "python"
+    return os.environ.get("AGENTLIGHTNING_PYTHON") or (str(own) if own.with_name("agl").exists() else None)
+
+
+def _peers_bin() -> str:
+    return str(PEERS_PYTHON / "bin")
+
+
 # -- the command line and the result ----------------------------------------------------------------------------------
 
 
@@ -295,6 +339,23 @@ def spread(values: Sequence[float], digits: int = 0) -> list[float]:
 
 def percentile(values: Sequence[float], percent: float, digits: int = 2) -> float:
     return round(float(np.percentile(np.asarray(values), percent)), digits)
+
+
+def connect(port: int, *, limit_s: float = 10.0, process: subprocess.Popen[bytes] | None = None) -> socket.socket:
+    """Connect to a server that may still be starting; stop when its process has ended."""
+    until = time.perf_counter() + limit_s
+    while True:
+        try:
+            connection = socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            if process is not None and process.poll() is not None:
+                raise SystemExit(f"{' '.join(map(str, process.args))} ended; see above") from None  # type: ignore[arg-type]
+            if time.perf_counter() > until:
+                raise
+            time.sleep(0.02)
+        else:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return connection
 
 
 def free_port() -> int:

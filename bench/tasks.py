@@ -3,8 +3,10 @@
 `tasks_per_s`: two worker processes lease and report done; a third process keeps the queue filled. A cycle is submit,
 lease, done, each on disk before it is answered; tasks carry 1 KB. At credit 64 and 1: attempts a worker holds at most.
 `dispatch_ms`: two idle workers, one submission at a time: from before submit until the agent could start.
+`tasks_1000_workers` and `dispatch_1000_workers_ms`: the same with a thousand workers, each with a connection and a
+credit of its own, in a few processes.
 
-    python -m bench.tasks --json          about half a minute; the last line is one JSON object
+    python -m bench.tasks --json          about a minute; the last line is one JSON object
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -26,6 +29,8 @@ QUEUED_MIN = 4096  # the submitter keeps at least this many waiting, so that no 
 SUBMIT_AT_ONCE = 512
 DELAYS_MAX = 2000  # reported by a worker
 WARMUP_S = 0.5
+CROWD = 1000  # workers
+CROWD_PROCESSES = 4
 TASKS_PER_S_FLOOR = 20_000
 
 
@@ -33,12 +38,15 @@ def main() -> None:
     made = common.parser(__doc__, seconds=2.0, runs=3)
     made.add_argument("--submit", help=argparse.SUPPRESS)
     made.add_argument("--work", nargs=2, metavar=("ADDRESS", "CREDIT"), help=argparse.SUPPRESS)
+    made.add_argument("--crowd", nargs=2, metavar=("ADDRESS", "WORKERS"), help=argparse.SUPPRESS)
     made.add_argument("--ping", help=argparse.SUPPRESS)
     options = common.parse(made)
     if options.submit:
         submit(options.submit, options.seconds)
     elif options.work:
         work(options.work[0], int(options.work[1]), options.seconds)
+    elif options.crowd:
+        work(options.crowd[0], 1, options.seconds, int(options.crowd[1]))
     elif options.ping:
         ping(options.ping, options.seconds)
     else:
@@ -50,6 +58,8 @@ def measure(options: argparse.Namespace) -> None:
     submitted: list[float] = []
     cores: list[float] = []
     dispatch: list[list[float]] = []
+    crowd: list[float] = []
+    crowd_dispatch: list[float] = []
     seconds = ("--seconds", options.seconds)
     with common.workspace(options.dir) as directory:
         for _ in range(options.runs):
@@ -69,6 +79,16 @@ def measure(options: argparse.Namespace) -> None:
                 crew = [common.member("tasks", *seconds, "--ping", broker.address), *[worker] * WORKERS]
                 dispatch.append([delay for found in common.run_crew(crew)[1:] for delay in found["delays_ms"]])
             shutil.rmtree(directory / "log")
+            for chief in ("--submit", "--ping"):
+                with common.broker(directory / "log") as broker:
+                    workers = common.member("tasks", *seconds, "--crowd", broker.address, CROWD // CROWD_PROCESSES)
+                    crew = [common.member("tasks", *seconds, chief, broker.address), *[workers] * CROWD_PROCESSES]
+                    found = common.run_crew(crew)[1:]
+                shutil.rmtree(directory / "log")
+                if chief == "--submit":
+                    crowd.append(sum(one["per_s"] for one in found))
+                else:
+                    crowd_dispatch += [delay for one in found for delay in one["delays_ms"]]
         summary: dict[str, Any] = {"bench": "tasks", "machine": common.machine(directory)}
     every = [delay for run in dispatch for delay in run]
     rate = common.median(rates[CREDITS[0]])
@@ -87,6 +107,11 @@ def measure(options: argparse.Namespace) -> None:
         "dispatch_ms_p50_spread": common.spread([common.percentile(run, 50) for run in dispatch], 2),
         "dispatch_ms_p99": common.percentile(every, 99),
         "dispatch_ms_p99_spread": common.spread([common.percentile(run, 99) for run in dispatch], 2),
+        "tasks_1000_workers": common.median(crowd),
+        "tasks_1000_workers_spread": common.spread(crowd),
+        "dispatch_1000_workers_n": len(crowd_dispatch),
+        "dispatch_1000_workers_ms_p50": common.percentile(crowd_dispatch, 50),
+        "dispatch_1000_workers_ms_p99": common.percentile(crowd_dispatch, 99),
         "tasks_per_s_floor": TASKS_PER_S_FLOOR,
         "ok": rate >= TASKS_PER_S_FLOOR,
     }
@@ -127,27 +152,33 @@ def submit(address: str, seconds: float) -> None:
     common.report({"per_s": meter.per_s})
 
 
-def work(address: str, credit: int, seconds: float) -> None:
+def work(address: str, credit: int, seconds: float, workers: int = 1) -> None:
     """Report each task done as soon as it arrives; note how long ago it was submitted."""
     meter = common.Meter(WARMUP_S, seconds)
     delays_ms: list[float] = []
 
     async def run() -> None:
-        async with Client(address, role="worker") as client:
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(Client(address, role="worker")) for _ in range(workers)]
             await common.say_ready_async()
             meter.start()
             with anyio.move_on_after(WARMUP_S + seconds):
-                async with client.lease(credit) as leases, anyio.create_task_group() as tasks:
+                async with anyio.create_task_group() as tasks:
+                    for client in clients:
+                        tasks.start_soon(work_as, client)
 
-                    async def done(task: Task) -> None:
-                        await leases.done(task, 1.0)
-                        meter.add(1)
+    async def work_as(client: Client) -> None:
+        async with client.lease(credit) as leases, anyio.create_task_group() as tasks:
 
-                    async for task in leases:
-                        if len(delays_ms) < DELAYS_MAX:
-                            delay_ns = time.monotonic_ns() - int.from_bytes(task.task[:8], "big")
-                            delays_ms.append(round(delay_ns / 1e6, 3))
-                        tasks.start_soon(done, task)
+            async def done(task: Task) -> None:
+                await leases.done(task, 1.0)
+                meter.add(1)
+
+            async for task in leases:
+                if len(delays_ms) < DELAYS_MAX:
+                    delay_ns = time.monotonic_ns() - int.from_bytes(task.task[:8], "big")
+                    delays_ms.append(round(delay_ns / 1e6, 3))
+                tasks.start_soon(done, task)
 
     common.run_async(run)
     common.report({"per_s": meter.per_s, "delays_ms": delays_ms[20:]})
