@@ -100,8 +100,9 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 
 def pack_logprobs(logprobs: Iterable[float]) -> bytes:
-    """Return log-probs as packed little-endian f4."""
-    return np.asarray(list(logprobs), dtype="<f4").tobytes()
+    """Return log-probs as packed little-endian f4. What f4 cannot hold becomes infinite, so the call is untrainable."""
+    with np.errstate(over="ignore"):
+        return np.asarray(list(logprobs), dtype="<f4").tobytes()
 
 
 class ModelCall(msgspec.Struct, frozen=True, eq=False):

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_bus import spans as s
@@ -26,6 +26,7 @@ ANYTHING = st.recursive(
 )  # fmt: skip
 
 
+@example({s.LOGPROBS: [3.4028235677973366e38]})
 @given(
     st.dictionaries(
         st.one_of(
