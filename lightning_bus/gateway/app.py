@@ -85,8 +85,9 @@ class Gateway:
     """The handlers and what they share."""
 
     def __init__(
-        self, bus: Bus, section: GatewaySection, secret: bytes, *, on_broken: Callable[[], None] = lambda: None
-    ) -> None:
+        self, bus: Bus, section: GatewaySection, secret: bytes, *, on_broken: Callable[[], None] = lambda: None,
+        traces: Bus | None = None,
+    ) -> None:  # fmt: skip
         self.upstreams = Upstreams(
             section.upstreams, admission_wait_s=section.admission_wait_s, request_limit_s=section.request_limit_s
         )
@@ -100,7 +101,10 @@ class Gateway:
         self._warned: set[str] = set()
         self._attempts = Attempts(section.calls_per_attempt_max)
         self.meters = Meters()
-        self.traces = Ingest(self._append, secret=secret, body_bytes_max=section.body_bytes_max, open_=self._open)
+        self.traces = Ingest(
+            partial(self._append, traces or bus), secret=secret, body_bytes_max=section.body_bytes_max, open_=self._open,
+            limit_s=section.admission_wait_s,
+        )  # fmt: skip
 
     def app(self) -> Starlette:
         routes: list[Route] = []
@@ -296,7 +300,7 @@ class Gateway:
         try:
             # Once begun an append goes on even if the agent hangs up: the call did happen.
             with anyio.CancelScope(shield=True):
-                await self._append(call.rollout_id, call.attempt, numbered)
+                await self._append(self._bus, call.rollout_id, call.attempt, numbered)
         except FencedError as exc:
             message = f"The attempt is over: {exc} Nothing that this agent still does counts; stop it."
             self._attempts.is_over(call.rollout_id, call.attempt, message)
@@ -313,10 +317,10 @@ class Gateway:
         self.meters.recorded(call.route, numbered, outcome)
         return refusal
 
-    async def _append(self, rollout_id: str, attempt: int, spans: Sequence[Span]) -> None:
+    async def _append(self, bus: Bus, rollout_id: str, attempt: int, spans: Sequence[Span]) -> None:
         """Make spans durable. A bus that can no longer be used ends the gateway."""
         try:
-            await self._bus.append(rollout_id, attempt, spans)
+            await bus.append(rollout_id, attempt, spans)
         except StopProcess as exc:
             self.broken = exc
             self._on_broken()

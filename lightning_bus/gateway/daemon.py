@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Callable
 
@@ -53,9 +54,13 @@ async def _serve_until(
                     scope.cancel()  # nobody waits for a bus that is not there yet
 
             tasks.start_soon(give_up)
-            async with Client(bus_address, role="gateway", limit_s=section.admission_wait_s) as bus:
+            async with (
+                Client(bus_address, role="gateway", limit_s=section.admission_wait_s) as bus,
+                # Without a limit: what it gave up might still be recorded, and who sent it would send it again.
+                Client(bus_address, role="gateway", limit_s=math.inf) as traces,
+            ):
                 connected = True
-                gateway = Gateway(bus, section, secret, on_broken=stop.set)
+                gateway = Gateway(bus, section, secret, on_broken=stop.set, traces=traces)
                 tasks.start_soon(gateway.upstreams.watch, section.health_check_s)
                 async with http_server(gateway.app(), listener, started):
                     await stop.wait()

@@ -10,9 +10,11 @@ spans were taken means that they are on disk; a span that is sent again, because
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 
 import anyio
@@ -42,10 +44,20 @@ from lightning_bus.spans import Span, decode_spans
 
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 REMEMBERED = 100_000  # span ids of late
+ON_WAY_BYTES_MAX = 64 << 20  # of requests whose spans are not yet durable; above this exports are answered 503
 REASONS_MAX = 5  # told in one answer
 
 Key = tuple[str, int, bytes]
 Append = Callable[[str, int, Sequence[Span]], Awaitable[None]]
+
+
+@dataclass(eq=False, slots=True)
+class _Writing:
+    """Spans on their way, and then what became of them."""
+
+    over: anyio.Event = field(default_factory=anyio.Event)
+    too_large: int = 0
+    error: LightningBusError | None = None
 
 
 class Ingest:
@@ -54,16 +66,23 @@ class Ingest:
     secret          the run's, which tokens are minted with
     body_bytes_max  of a request, once it is unpacked
     open_           spans of no rollout are taken without a token (on loopback)
+    limit_s         how long a sender waits before it is asked to send again. `append` goes on meanwhile and should have
+                    no limit of its own: spans that it gave up may come into the log later, beside those sent again
     """
 
-    def __init__(self, append: Append, *, secret: bytes, body_bytes_max: int, open_: bool = False) -> None:
+    def __init__(
+        self, append: Append, *, secret: bytes, body_bytes_max: int, open_: bool = False, limit_s: float = 60.0
+    ) -> None:
         self._append = append
+        self._limit_s = limit_s
+        self._on_way_bytes = 0
+        self._writers: set[asyncio.Task[None]] = set()  # the event loop itself holds tasks weakly
         self._secret = secret
         self._body_bytes_max = body_bytes_max
         self._open = open_
         self._sequence = count(1)
         self._known: OrderedDict[Key, None] = OrderedDict()  # recorded, newest last
-        self._on_way: dict[Key, anyio.Event] = {}
+        self._on_way: dict[Key, _Writing] = {}
         self.refused: Counter[str] = Counter()  # spans, by reason without particulars
 
     def routes(self) -> list[Route]:
@@ -90,7 +109,7 @@ class Ingest:
             return _refusal(400, f"{exc}.", kind)
         try:
             for (rollout_id, attempt), spans in found.spans.items():
-                await self._record(rollout_id, attempt, spans, found)
+                await self._record(rollout_id, attempt, spans, found, len(body))
         except (BusyError, BrokenError) as exc:
             retry_after_s = exc.retry_after_s if isinstance(exc, BusyError) else 1.0
             return _refusal(503, str(exc), kind, {"retry-after": str(max(1, round(retry_after_s)))})
@@ -104,36 +123,62 @@ class Ingest:
             media_type=PROTOBUF if kind == PROTOBUF else JSON,
         )
 
-    async def _record(self, rollout_id: str, attempt: int, spans: list[Span], found: _Found) -> None:
-        """Make spans of one attempt durable, but for those that are already."""
+    async def _record(self, rollout_id: str, attempt: int, spans: list[Span], found: _Found, size: int) -> None:
+        """Make spans of one attempt durable, but for those that are already. `size` is that of their request."""
         given = {(rollout_id, attempt, span.span_id): span for span in spans}
-        while under_way := next((self._on_way[key] for key in given if key in self._on_way), None):
-            await under_way.wait()  # sent again while the first is still being written: its fate is this one's
-        fresh = {key: span for key, span in given.items() if key not in self._known}
-        if not fresh:
-            return
-        written = anyio.Event()
-        self._on_way.update(dict.fromkeys(fresh, written))
-        too_large = 0
+        with anyio.move_on_after(self._limit_s) as limit:
+            while under_way := next((self._on_way[key] for key in given if key in self._on_way), None):
+                await under_way.over.wait()  # sent again while the first is still being written: its fate is this one's
+            fresh = {key: span for key, span in given.items() if key not in self._known}
+            if not fresh:
+                return
+            writing = self._begin(rollout_id, attempt, fresh, size)
+            await writing.over.wait()
+            if isinstance(writing.error, FencedError):
+                found.fenced = True
+                found.refuse("the attempt is over", len(fresh), str(writing.error))
+            elif writing.error is not None:
+                raise writing.error
+            elif writing.too_large:
+                found.refuse("a span exceeds what one message carries", writing.too_large)
+        if limit.cancelled_caught:
+            raise BrokenError(
+                f"These spans were not durable within {self._limit_s:g} s. Is the broker running? Send them again: they "
+                "are recorded once."
+            )
+
+    def _begin(self, rollout_id: str, attempt: int, fresh: dict[Key, Span], size: int) -> _Writing:
+        """Write spans in a task of its own, which goes on when the sender hangs up or was asked to send again."""
+        if self._on_way_bytes and self._on_way_bytes + size > ON_WAY_BYTES_MAX:
+            raise BusyError(
+                f"{self._on_way_bytes} bytes of exports are not yet durable, the limit is {ON_WAY_BYTES_MAX}. "
+                "Is the broker up, and is its disk keeping up? Send these again."
+            )
+        writing = _Writing()
+        self._on_way.update(dict.fromkeys(fresh, writing))
+        self._on_way_bytes += size
+        writer = asyncio.create_task(self._write(writing, rollout_id, attempt, fresh, size))
+        self._writers.add(writer)
+        writer.add_done_callback(self._writers.discard)
+        return writing
+
+    async def _write(self, writing: _Writing, rollout_id: str, attempt: int, fresh: dict[Key, Span], size: int) -> None:
+        writing.error = BrokenError("the gateway ended before these spans were acknowledged")  # until they are
         try:
-            # Once begun an append goes on even if the sender hangs up, so that what is known of it is true.
-            with anyio.CancelScope(shield=True):
-                too_large = await append_whole(
-                    lambda some: self._append(rollout_id, attempt, some), list(fresh.values())
-                )
-        except FencedError as exc:
-            found.fenced = True
-            found.refuse("the attempt is over", len(fresh), str(exc))
-            return
+            writing.too_large = await append_whole(
+                lambda some: self._append(rollout_id, attempt, some), list(fresh.values())
+            )
+            writing.error = None
+            self._known.update(dict.fromkeys(fresh))
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        except LightningBusError as exc:
+            writing.error = exc
         finally:
             for key in fresh:
                 del self._on_way[key]
-            written.set()
-        if too_large:
-            found.refuse("a span exceeds what one message carries", too_large)
-        self._known.update(dict.fromkeys(fresh))
-        while len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+            self._on_way_bytes -= size
+            writing.over.set()
 
     async def _body(self, request: Request) -> bytes:
         """Return the request's body, unpacked. Raises _TooLarge, and BadExport for packing that cannot be undone."""

@@ -29,7 +29,7 @@ from lightning_bus.otel.otlp import OtlpSpan
 from lightning_bus.otel.queue import quiet
 from lightning_bus.otel.tracer import Tracer
 
-# By entry point, of OpenTelemetry's own first: what both instrument would be recorded twice.
+# Entry points: OpenTelemetry's, and OpenInference's, whose packages are announced in both.
 INSTRUMENTOR_GROUPS = ("opentelemetry_instrumentor", "openinference_instrumentor")
 INSTRUMENTED = frozenset(
     {
@@ -117,24 +117,30 @@ class Sdk:
         return self._api.Status(self._api.StatusCode.ERROR, message)
 
     def instrument(self) -> None:
-        """Switch on the installed instrumentors. One that fails is passed over, with a warning."""
+        """Switch on the installed instrumentors. One that fails is passed over, with a warning.
+
+        What two of them instrument would be recorded twice: OpenTelemetry's own goes first, and of the others only
+        what it left.
+        """
         if self._instrumented:
             return
         self._instrumented = True
-        seen: set[str] = set()
-        for group in INSTRUMENTOR_GROUPS:
-            for entry in entry_points(group=group):
-                name = entry.name.replace("-", "_")
-                name = "openai" if name == "openai_v2" else name
-                if name not in INSTRUMENTED or name in seen:
-                    continue
-                seen.add(name)
-                try:
-                    instrumentor = entry.load()()
-                    if not instrumentor.is_instrumented_by_opentelemetry:
-                        instrumentor.instrument(tracer_provider=self._provider)
-                except Exception as exc:
-                    _log.warning("instrumentor %s cannot be used: %s", entry.value, exc)
+        found = [entry for group in INSTRUMENTOR_GROUPS for entry in entry_points(group=group)]
+        tried: set[str] = set()
+        done: set[str] = set()
+        for entry in sorted(found, key=lambda entry: not entry.value.startswith("opentelemetry.")):
+            name = entry.name.replace("-", "_")
+            name = "openai" if name == "openai_v2" else name
+            if name not in INSTRUMENTED or name in done or entry.value in tried:
+                continue
+            tried.add(entry.value)
+            try:
+                instrumentor = entry.load()()
+                if not instrumentor.is_instrumented_by_opentelemetry:
+                    instrumentor.instrument(tracer_provider=self._provider)
+                done.add(name)
+            except Exception as exc:
+                _log.warning("instrumentor %s cannot be used: %s", entry.value, exc)
 
 
 class SdkSpan:

@@ -102,6 +102,8 @@ def test_the_openai_client_speaks_completions_and_responses(world: World) -> Non
     client = world.client()
     completion = client.completions.create(model="policy", prompt="2+2=", max_tokens=8)
     assert completion.choices[0].finish_reason in ("stop", "length")
+    pieces = list(client.completions.create(model="policy", prompt="2+2=", max_tokens=8, n=2, stream=True))
+    assert len([piece for piece in pieces if piece.choices[0].finish_reason in ("stop", "length")]) == 2
     with client.responses.stream(model="policy", input="2+2?", max_output_tokens=8) as stream:
         final = list(stream)[-1].type
     assert final in ("response.completed", "response.incomplete")
@@ -111,7 +113,7 @@ def test_the_openai_client_speaks_completions_and_responses(world: World) -> Non
     output: Any = {"type": "function_call_output", "call_id": call.to_dict()["call_id"], "output": "4"}
     history: Any = [{"role": "user", "content": "2+2?"}, call.to_dict(), output]
     assert client.responses.create(model="teacher", input=history, tools=[tool]).output_text == "It is 4."
-    assert_recorded(world, sampled=2, scripted=2)
+    assert_recorded(world, sampled=4, scripted=2)
 
 
 def test_the_anthropic_client_chats_streams_and_calls_tools(world: World) -> None:

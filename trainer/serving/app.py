@@ -18,7 +18,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -31,7 +30,6 @@ from trainer.serving.chat import ChatFormat, Script
 from trainer.serving.control import control_routes
 from trainer.serving.engine import Engine
 from trainer.serving.errors import BadRequestError, ServingError
-from trainer.serving.hermes import HermesStream
 from trainer.serving.protocol import (
     ChatBody,
     CompletionBody,
@@ -41,10 +39,9 @@ from trainer.serving.protocol import (
     json_response,
     on_serving_error,
     read_body,
-    status_of,
 )
 from trainer.serving.sampling import SamplingParams
-from trainer.serving.text import Detokenizer, StopStrings
+from trainer.serving.streaming import StreamedText, merged, scripted_stream, server_sent
 
 
 def build_app(engine: Engine, *, model_name: str, scripted: Mapping[str, Script] | None = None) -> Starlette:
@@ -87,14 +84,14 @@ class _GenerationRoutes:
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         if body.stream:
             if reply is not None:
-                sources = [_scripted_stream(reply) for _ in range(body.n or 1)]
+                sources = [scripted_stream(reply) for _ in range(body.n or 1)]
             else:
                 each = _each(params, body.n)
                 sources = [self._engine.stream(prompt_ids, one, cache_salt=body.cache_salt) for one in each]
             events = self._chat_events(body, params, bool(tools), prompt_ids, sources, head)
             # The first event is drawn here so that a refusal still has its own status code.
             first = await anext(events)
-            return StreamingResponse(_server_sent(first, events), media_type="text/event-stream")
+            return StreamingResponse(server_sent(first, events), media_type="text/event-stream")
         if reply is not None:
             completions = [reply] * (body.n or 1)
         else:
@@ -116,16 +113,25 @@ class _GenerationRoutes:
     async def completions(self, request: HttpRequest) -> Response:
         body = await read_body(request, CompletionBody)
         self._check_model(body.model)
-        if body.model in self._scripted or body.stream:
+        if body.model in self._scripted:
             raise BadRequestError(
-                "/v1/completions answers neither streams nor scripted models here. Use /v1/chat/completions.",
-                param="stream" if body.stream else "model",
+                f"/v1/completions continues a prompt, and the scripted model {body.model!r} answers messages. "
+                "Use /v1/chat/completions.",
+                param="model",
             )
         params = body.params(top_logprobs=body.logprobs or 0)
         if params.max_tokens is None:
             params = replace(params, max_tokens=16)  # OpenAI's default on this route
         prompt_ids = self._format.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
-        completions = await self._complete(request, prompt_ids, _each(params, body.n), body.cache_salt)
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+        head["object"] = "text_completion"  # streamed too
+        each = _each(params, body.n)
+        if body.stream:
+            sources = [self._engine.stream(prompt_ids, one, cache_salt=body.cache_salt) for one in each]
+            events = self._text_events(body, params, prompt_ids, sources, head)
+            first = await anext(events)  # as in chat
+            return StreamingResponse(server_sent(first, events), media_type="text/event-stream")
+        completions = await self._complete(request, prompt_ids, each, body.cache_salt)
         choices = [
             {
                 "index": index,
@@ -139,9 +145,7 @@ class _GenerationRoutes:
             }
             for index, completion in enumerate(completions)
         ]
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
-        usage = _usage(prompt_ids, completions)
-        return json_response({**head, "object": "text_completion", "choices": choices, "usage": usage})
+        return json_response({**head, "choices": choices, "usage": _usage(prompt_ids, completions)})
 
     async def generate(self, request: HttpRequest) -> Response:
         body = await read_body(request, GenerateBody)
@@ -225,9 +229,9 @@ class _GenerationRoutes:
     ) -> AsyncGenerator[dict[str, Any]]:
         """The chunks of a streamed chat: role first, then text, ids and log-probs as they come, versions last."""
         head = {**head, "object": "chat.completion.chunk"}
-        texts = [_StreamedText(self._format, params.stop, tools) for _ in sources]
+        texts = [StreamedText(self._format, params.stop, tools) for _ in sources]
         completions: list[Completion] = []
-        async with contextlib.aclosing(_merged(sources)) as items:
+        async with contextlib.aclosing(merged(sources)) as items:
             opened = False
             async for index, item in items:
                 if not opened:
@@ -262,6 +266,42 @@ class _GenerationRoutes:
         if body.stream_options is not None and body.stream_options.include_usage:
             yield {**head, "choices": [], "usage": _usage(prompt_ids, completions)}
 
+    async def _text_events(
+        self,
+        body: CompletionBody,
+        params: SamplingParams,
+        prompt_ids: list[int],
+        sources: list[AsyncIterator[Delta | Completion]],
+        head: dict[str, Any],
+    ) -> AsyncGenerator[dict[str, Any]]:
+        """The chunks of a streamed completion: a choice's first brings its prompt's ids, its last the versions."""
+        texts = [StreamedText(self._format, params.stop, tools=False) for _ in sources]
+        offsets = [0] * len(sources)  # in the text of all tokens, as the whole answer counts
+        begun: set[int] = set()
+        completions: list[Completion] = []
+        async with contextlib.aclosing(merged(sources)) as items:
+            async for index, item in items:
+                choice: dict[str, Any] = {"logprobs": None, "finish_reason": None}
+                if isinstance(item, Completion):
+                    completions.append(item)
+                    delta = texts[index].finish()
+                    choice["finish_reason"] = item.finish_reason
+                    choice["stop_reason"] = item.stop_reason
+                    choice["weight_versions"] = item.weight_versions
+                else:
+                    delta = texts[index].push(item.token_ids)
+                    if body.logprobs is not None:
+                        choice["logprobs"] = self._text_logprobs(item, offsets[index])
+                        offsets[index] += sum(map(len, choice["logprobs"]["tokens"]))
+                    if body.return_token_ids:
+                        choice["token_ids"] = item.token_ids
+                if body.return_token_ids and index not in begun:
+                    begun.add(index)
+                    choice["prompt_token_ids"] = prompt_ids
+                yield {**head, "choices": [{"index": index, "text": delta["content"], **choice}]}
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield {**head, "choices": [], "usage": _usage(prompt_ids, completions)}
+
     def _check_model(self, model: str) -> None:
         if model != self._model_name and model not in self._scripted:
             raise UnknownModelError(model, [self._model_name, *self._scripted])
@@ -269,55 +309,21 @@ class _GenerationRoutes:
     def _chat_logprobs(self, item: Completion | Delta) -> dict[str, Any]:
         return self._format.logprobs(item.token_ids, item.logprobs, item.top_logprobs)
 
-    def _text_logprobs(self, completion: Completion) -> dict[str, Any]:
-        tokens = [self._format.token_text(token_id) for token_id in completion.token_ids]
-        offsets = [0]
+    def _text_logprobs(self, item: Completion | Delta, begin: int = 0) -> dict[str, Any]:
+        """The logprobs object of tokens whose text begins at offset `begin`."""
+        tokens = [self._format.token_text(token_id) for token_id in item.token_ids]
+        offsets = [begin]
         for token in tokens[:-1]:
             offsets.append(offsets[-1] + len(token))
         return {
             "tokens": tokens,
-            "token_logprobs": completion.logprobs,
+            "token_logprobs": item.logprobs,
             "top_logprobs": [
                 {self._format.token_text(token_id): logprob for token_id, logprob in pairs}
-                for pairs in completion.top_logprobs
+                for pairs in item.top_logprobs
             ],
             "text_offset": offsets[: len(tokens)],
         }
-
-
-class _StreamedText:
-    """From token ids to the deltas of one choice: stop strings, end token and tool calls never show half."""
-
-    def __init__(self, chat_format: ChatFormat, stops: tuple[str, ...], tools: bool) -> None:
-        self._format = chat_format
-        self._detokenizer = Detokenizer(chat_format.tokenizer, skip_special_tokens=not tools)
-        self._stops = StopStrings(stops)
-        self._tools = HermesStream() if tools else None
-        self._calls_sent = 0
-
-    @property
-    def called(self) -> bool:
-        return self._calls_sent > 0
-
-    def push(self, token_ids: list[int]) -> dict[str, Any]:
-        piece = self._stops.push(self._detokenizer.push(self._format.shown_ids(token_ids)))
-        content, calls = self._tools.push(piece) if self._tools is not None else (piece, [])
-        return self._delta(content, calls)
-
-    def finish(self) -> dict[str, Any]:
-        piece = self._stops.push(self._detokenizer.push([], last=True)) + self._stops.flush()
-        if self._tools is None:
-            return self._delta(piece, [])
-        content, calls = self._tools.push(piece)
-        more, last_calls = self._tools.flush()
-        return self._delta(content + more, calls + last_calls)
-
-    def _delta(self, content: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        delta: dict[str, Any] = {"content": content}
-        if calls:
-            delta["tool_calls"] = [{"index": self._calls_sent + at, **call} for at, call in enumerate(calls)]
-            self._calls_sent += len(calls)
-        return delta
 
 
 def _each(params: SamplingParams, count: int | None) -> list[SamplingParams]:
@@ -343,55 +349,6 @@ def _usage(prompt_ids: list[int], completions: list[Completion]) -> dict[str, in
     sampled = sum(len(completion.token_ids) for completion in completions)
     prompt = len(prompt_ids)
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
-
-
-async def _scripted_stream(completion: Completion) -> AsyncIterator[Delta | Completion]:
-    yield Delta(completion.token_ids, completion.logprobs, completion.top_logprobs)
-    yield completion
-
-
-async def _merged(
-    sources: list[AsyncIterator[Delta | Completion]],
-) -> AsyncGenerator[tuple[int, Delta | Completion]]:
-    """What all sources yield, in the order of arrival, with each one's index. The first to raise ends all."""
-    arrivals: asyncio.Queue[tuple[int, Delta | Completion | Exception]] = asyncio.Queue()
-
-    async def forward(index: int, source: AsyncIterator[Delta | Completion]) -> None:
-        try:
-            async for item in source:
-                arrivals.put_nowait((index, item))
-        except ServingError as exc:
-            arrivals.put_nowait((index, exc))
-
-    tasks = [asyncio.ensure_future(forward(index, source)) for index, source in enumerate(sources)]
-    unfinished = len(sources)
-    try:
-        while unfinished:
-            index, item = await arrivals.get()
-            if isinstance(item, Exception):
-                raise item
-            unfinished -= isinstance(item, Completion)
-            yield index, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _server_sent(first: dict[str, Any], rest: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Events as server-sent ones. A failure in mid-stream is an error event, as the status is long sent."""
-    async with contextlib.aclosing(rest):
-        try:
-            yield _event(first)
-            async for event in rest:
-                yield _event(event)
-        except ServingError as exc:
-            yield _event(error_body(str(exc), status_of(exc)))
-        yield b"data: [DONE]\n\n"
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 async def _wait_gone(request: HttpRequest) -> None:

@@ -81,6 +81,7 @@ class CompletionBody(Sampling, kw_only=True):
     model: str
     prompt: str | list[int]
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     logprobs: int | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None

@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 
 from lightning_bus import spans as s
 from lightning_bus.errors import BrokenError, FencedError, LightningBusError, MessageTooLarge
+from lightning_bus.otel import ingest
 from lightning_bus.otel import names as n
 from lightning_bus.otel.ingest import CHUNK, PROTOBUF, Ingest
 from lightning_bus.otel.traceparent import root_of_attempt
@@ -55,10 +56,10 @@ class Log:
 
 @asynccontextmanager
 async def endpoint(
-    log: Log, *, open_: bool = False, body_bytes_max: int = 1 << 20
+    log: Log, *, open_: bool = False, body_bytes_max: int = 1 << 20, limit_s: float = 60.0
 ) -> AsyncGenerator[httpx.AsyncClient]:
-    ingest = Ingest(log.append, secret=SECRET, body_bytes_max=body_bytes_max, open_=open_)
-    transport = httpx.ASGITransport(Starlette(routes=ingest.routes()))
+    taker = Ingest(log.append, secret=SECRET, body_bytes_max=body_bytes_max, open_=open_, limit_s=limit_s)
+    transport = httpx.ASGITransport(Starlette(routes=taker.routes()))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
         yield http
 
@@ -214,6 +215,26 @@ async def test_an_export_sent_again_while_the_first_is_written_is_recorded_once(
         await anyio.wait_all_tasks_blocked()
         log.wait.set()
     assert [got.name for got in log.spans] == ["a", "b"]
+
+
+async def test_an_export_that_was_told_to_come_back_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bus that is away for longer than senders wait: each time they hear so, and nothing is appended twice."""
+    log = Log()
+    log.wait = anyio.Event()
+    headers = {"content-type": PROTOBUF, "authorization": f"Bearer {TOKEN}"}
+    async with endpoint(log, limit_s=0.01) as http:
+        for _ in range(3):
+            late = await http.post("/v1/traces", content=export("a", "b").SerializeToString(), headers=headers)
+            assert late.status_code == 503 and b"Send them again" in late.content
+        monkeypatch.setattr(ingest, "ON_WAY_BYTES_MAX", 1)
+        other = export("other")
+        other.resource_spans[0].scope_spans[0].spans[0].span_id = b"another!"
+        full = await http.post("/v1/traces", content=other.SerializeToString(), headers=headers)
+        assert full.status_code == 503 and b"the limit is 1" in full.content
+        log.wait.set()
+        await anyio.wait_all_tasks_blocked()
+        assert await send(http, export("a", "b")) == await send(http, other) == (0, "")
+    assert [span.name for span in log.spans] == ["a", "b", "other"]
 
 
 async def test_a_span_too_large_for_a_message_is_refused_alone() -> None:

@@ -29,10 +29,11 @@ class Instrumentor:
     error: str = ""
     providers: list[Any] = field(default_factory=list)
     is_instrumented_by_opentelemetry: bool = False
+    package: str = "package"
 
     @property
     def value(self) -> str:
-        return f"package:{self.name}"
+        return f"{self.package}:{self.name}"
 
     def load(self) -> Any:
         return lambda: self
@@ -57,6 +58,17 @@ def test_installed_instrumentors_are_switched_on_once(
     assert not theirs.providers  # its calls would stand there twice
     assert not foreign.providers  # no model client, and spans of every request of a server are not wanted
     assert "package:langchain cannot be used: wrong version" in caplog.text
+
+
+def test_opentelemetrys_own_instrumentor_goes_first_and_a_broken_one_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in ("", "wrong version"):
+        theirs, ours = Instrumentor("openai"), Instrumentor("openai_v2", error, package="opentelemetry.openai_v2")
+        # OpenInference's stand in both groups.
+        groups = {"opentelemetry_instrumentor": [theirs, ours], "openinference_instrumentor": [theirs]}
+        monkeypatch.setattr(sdk, "entry_points", lambda group, groups=groups: groups[group])
+        provider = TracerProvider()
+        OtelTracer(provider=provider)
+        assert (len(ours.providers), len(theirs.providers)) == ((0, 1) if error else (1, 0))
 
 
 def test_a_provider_that_is_there_keeps_its_own_exporters() -> None:

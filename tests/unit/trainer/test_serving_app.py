@@ -151,6 +151,36 @@ async def test_completions_and_generate_take_ids_and_give_ids(client: httpx.Asyn
     )
 
 
+async def test_a_streamed_completion_says_what_the_whole_one_says(client: httpx.AsyncClient) -> None:
+    body = {
+        "model": "policy", "prompt": "2+2=", "max_tokens": 12, "seed": 3, "n": 2, "logprobs": 1, "return_token_ids": True
+    }  # fmt: skip
+    whole = (await client.post("/v1/completions", json=body)).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    response = await client.post("/v1/completions", json={**body, **options})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    chunks = events(response.text)
+    assert {chunk["object"] for chunk in chunks} == {whole["object"]}
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], whole["usage"])
+    for index, expected in enumerate(whole["choices"]):
+        parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        assert "".join(part["text"] for part in parts) == expected["text"]
+        assert sum([part.get("token_ids") or [] for part in parts], []) == expected["token_ids"]
+        assert [part.get("prompt_token_ids") for part in parts if "prompt_token_ids" in part] == [
+            expected["prompt_token_ids"]
+        ]
+        said = [part["logprobs"] for part in parts if part["logprobs"]]
+        for name in ("tokens", "text_offset"):
+            assert sum([one[name] for one in said], []) == expected["logprobs"][name]
+        logprobs = sum([one["token_logprobs"] for one in said], [])
+        assert logprobs == pytest.approx(expected["logprobs"]["token_logprobs"], abs=1e-5)
+        assert [len(pairs) for one in said for pairs in one["top_logprobs"]] == [1] * len(expected["token_ids"])
+        assert (parts[-1]["finish_reason"], parts[-1]["stop_reason"]) == (expected["finish_reason"], None)
+        assert parts[-1]["weight_versions"] == expected["weight_versions"]
+    refused = await client.post("/v1/completions", json={**body, **options, "max_tokens": 5000})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
 @pytest.mark.parametrize(
     ("change", "status", "param", "message"),
     [
