@@ -6,7 +6,7 @@ lease, done, each on disk before it is answered; tasks carry 1 KB. At credit 64 
 `tasks_1000_workers` and `dispatch_1000_workers_ms`: the same with a thousand workers, each with a connection and a
 credit of its own, in a few processes.
 
-    python -m bench.tasks --json          about a minute; the last line is one JSON object
+    python -m bench.tasks --json          three minutes; the last line is one JSON object
 """
 
 from __future__ import annotations
