@@ -142,6 +142,7 @@ class World:
                 await self._books_balance()
                 if self.work.watcher:
                     await self._who_watches_is_told()
+                    await self._everything_ends()  # a copy of an old REPLAY came meanwhile (seed 13891)
                 users.cancel_scope.cancel()
             if self.seed % QUIET_EVERY == 0:
                 await self._everybody_is_forgotten()
