@@ -18,7 +18,7 @@ help:  ## this list
 demo: $(VENV)/.stamp  ## train the calculator agent from random weights, about five minutes (SEED=n)
 	$(BIN)/lightning-bus demo --seed $(SEED)
 
-test: $(VENV)/.stamp  ## the default tests: about a minute, no GPU
+test: $(VENV)/.stamp  ## the default tests: about two minutes, no GPU
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.stamp  ## the tests that take long or kill processes
