@@ -43,10 +43,12 @@ class WeightVersion(msgspec.Struct, frozen=True, kw_only=True):
     parent: int | None
     phase: str  # "init", "sft" or "rl"
     step: int
-    path: str  # safetensors file
+    path: str  # of the file that was pushed; its slot is written again two versions later
     checksum: str
     trained: list[TrainedRollout] = []
     metrics: dict[str, float] = {}
+    durable: str = ""  # where this version stays readable: a checkpoint's file, or a model directory
+    created_ns: int = 0
 
 
 def encode(value: msgspec.Struct) -> bytes:

@@ -24,16 +24,33 @@ class PolicySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class ServeSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[serve]: the engine behind the gateway."""
+    """[serve]: the engines behind the gateway, and how new weights reach them."""
 
-    engine: Literal["embedded"] = "embedded"
-    bind: str = "127.0.0.1:4752"
+    engine: Literal["embedded", "vllm"] = "embedded"
+    bind: str = "127.0.0.1:4752"  # further replicas listen on the ports that follow
+    replicas: Count = 1  # engines with the same weights; each needs its own line in [gateway] upstreams
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights served; embedded: float32
+    context_tokens: CountOrNone = 0  # prompt plus completion; 0: the model's own limit
     slots_max: Count = 64  # requests generated together
-    waiting_max: Count = 1024  # requests that may queue; more are told to come back
+    waiting_max: Count = 1024  # requests that may queue; more are told to come back (embedded)
     torch_threads: Count = 1  # the trainer wants the other core
     scripted: dict[str, str] = msgspec.field(
         default_factory=dict
     )  # further models that are scripts: name = "module:function"
+    scripted_bind: str = ""  # where they are served when the engine is vLLM; default: the port after the last replica
+    # How weights travel: nccl between GPUs, shm on one machine, file through a directory that all machines share.
+    transfer: Literal["shm", "file", "nccl"] = "shm"
+    transfer_directory: str = ""  # of shm and file; default: shared memory, <run>/weights
+    # What follows is vLLM's.
+    python: str = ".venv-vllm/bin/python"  # of the environment that vLLM is installed in; `make vllm` makes this one
+    tensor_parallel: Count = 1
+    data_parallel: Count = 1
+    tool_parser: str = "hermes"  # turns the policy's text into tool calls; empty: none
+    reasoning_parser: str = ""
+    lora_rank_max: CountOrNone = 0  # serve LoRA adapters up to this rank; 0: none
+    cache_bytes: Count = 1 << 30  # for keys and values, where vLLM runs on a CPU
+    arguments: list[str] = []  # further arguments of `vllm serve`, such as ["--gpu-memory-utilization", "0.8"]
+    start_limit_s: Positive = 600.0  # from the start of a replica until it answers
 
 
 class SftSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,6 +105,10 @@ class TrainSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     token_budget: Count = 2048  # tokens per forward pass: memory against speed
     torch_threads: Count = 1
     keep_checkpoints: Count = 3
+    # What happens to calls in flight while weights change: keep freezes them and they go on under the new weights, drain
+    # lets them finish first, abort ends them and the gateway asks again.
+    push_mode: Literal["keep", "drain", "abort"] = "keep"
+    push_limit_s: Positive = 60.0  # of each step of a push; generous for gigabytes, short enough to notice a dead engine
     rollout_limit_s: Positive = 600.0  # how long to wait for rollouts before saying that nobody carries them out
     sft: SftSection = msgspec.field(default_factory=SftSection)
     rl: RlSection = msgspec.field(default_factory=RlSection)
