@@ -11,8 +11,8 @@ import msgspec
 from lightning_bus import messages as m
 from lightning_bus import wire
 from lightning_bus.broker import core
-from lightning_bus.log.codec import decode_record, encode_record
-from lightning_bus.records import Delete, ProducerMark, Record, Table
+from lightning_bus.log.codec import decode_event, decode_record, encode_record
+from lightning_bus.records import Delete, Kind, ProducerMark, Record, Table
 from lightning_bus.resources import Resource
 
 SECRET = b"s" * 32
@@ -165,6 +165,15 @@ class Desk:
         assert isinstance(answer, m.Rollouts)
         return answer.rollouts[0]
 
+    def events(self, rollout_id: str = "r-1") -> list[str]:
+        """What the log says of a rollout's life."""
+        records = [r for r in self.log.records if r.kind is Kind.ROLLOUT and r.rollout_id == rollout_id]
+        return [decode_event(record).what for record in records]
+
+    def bodies(self) -> list[bytes]:
+        """The chunks of spans in the log, in its order."""
+        return [record.body for record in self.log.records if record.kind is Kind.SPANS]
+
     def _carry_out(self, effects: core.Effects, asked: m.Body | None = None) -> None:
         self.last = effects
         self.log.commit(effects)
@@ -176,3 +185,9 @@ class Desk:
                 stored = _decode(self.log.tables[Table.STANDINGS][send.body.rollout_id.encode()], type=m.Standing)
                 assert (stored.attempt, stored.worker) == (send.body.attempt, send.peer), "written before it is sent"
                 self.tasks.append((send.peer, send.body))
+
+
+def accepted(answer: m.Body) -> int:
+    """How many of what was submitted were fresh."""
+    assert isinstance(answer, m.Accepted), answer
+    return answer.fresh

@@ -7,6 +7,7 @@ line here guards against: `zmq.FD` is edge-triggered, so a send can swallow the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -32,7 +33,7 @@ NOBLOCK = int(zmq.NOBLOCK)
 MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
-class Channel(Generic[M]):
+class Channel(ABC, Generic[M]):
     """A ZeroMQ socket that tasks of one event loop share. Close it, or use it as a context manager."""
 
     def __init__(self, context: zmq.Context[Any], socket: zmq.Socket[Any]) -> None:
@@ -105,9 +106,9 @@ class Channel(Generic[M]):
             frames.append(frame)
         return frames
 
+    @abstractmethod
     def _drain(self) -> list[M]:
         """Return what is there, up to DRAIN_MESSAGES_MAX, without waiting."""
-        raise NotImplementedError
 
     def _end(self) -> None:
         """End what runs beside the socket, before the context goes."""
