@@ -24,7 +24,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from lightning_bus import cli_keys, cli_queue, cli_tools
+from lightning_bus import cli_keys, cli_queue, cli_replay, cli_tools
 from lightning_bus.cli_shared import BUS, KeyOption, RunOption
 from lightning_bus.config import BrokerSection, GatewaySection, RunFile, load
 from lightning_bus.daemon import client_address, load_run, run_daemon, run_secret, sections
@@ -33,6 +33,7 @@ from lightning_bus.keys import adopt_key, keys_directory
 
 COMMANDS_GROUP = "lightning_bus.commands"
 DEBUG = "LIGHTNING_BUS_DEBUG"
+DEMO_FILES = {"embedded": "run.toml", "vllm": "vllm.toml"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,6 +93,9 @@ def up(
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Another seed is another run.")] = 0,
+    engine: Annotated[
+        str, typer.Option(help="What serves the policy: embedded, or vllm (wants `make vllm` first).")
+    ] = "embedded",
     name: Annotated[
         str | None, typer.Option(help="Where the files go: runs/NAME. Default: the next free calc-seedN.")
     ] = None,
@@ -101,7 +105,9 @@ def demo(
 
     Example: lightning-bus demo --seed 1
     """
-    run_toml = Path(__file__).resolve().parent.parent / "examples" / "calc" / "run.toml"
+    if engine not in DEMO_FILES:
+        raise ConfigError(f"--engine {engine!r} is not known. Use: {', '.join(DEMO_FILES)}")
+    run_toml = Path(__file__).resolve().parent.parent / "examples" / "calc" / DEMO_FILES[engine]
     if not run_toml.exists():
         raise ConfigError(
             f"{run_toml} is missing: the demo needs a checkout of lightning-bus. Clone it and run: make demo"
@@ -111,7 +117,8 @@ def demo(
     overrides["run"] = {
         **overrides.get("run", {}),
         "seed": seed,
-        "name": name or free_name(Path(runs), f"calc-seed{seed}"),
+        "name": name
+        or free_name(Path(runs), f"calc-seed{seed}" if engine == "embedded" else f"calc-{engine}-seed{seed}"),
     }
     raise typer.Exit(_up(load(run_toml, sections(), overrides)))
 
@@ -283,6 +290,7 @@ def free_name(runs: Path, name: str) -> str:
 cli_tools.register(app)
 cli_queue.register(app)
 cli_keys.register(app)
+cli_replay.register(app)
 
 if __name__ == "__main__":
     main()

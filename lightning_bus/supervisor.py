@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import anyio
-import httpx
 import tomli_w
 from anyio.abc import Process, TaskStatus
 
@@ -34,6 +33,7 @@ from lightning_bus.config import BrokerSection, GatewaySection, RunFile, Section
 from lightning_bus.daemon import LIFELINE, client_address, run_secret
 from lightning_bus.errors import CallError, ConfigError, LightningBusError, StopProcess, StorageError, VersionError
 from lightning_bus.keys import ensure_run_keys, keys_directory
+from lightning_bus.readiness import answers, is_ready, own_engines
 
 PAUSE_S = 0.2  # before the first restart; doubles with each
 PAUSE_MAX_S = 5.0
@@ -165,7 +165,11 @@ def daemons(file: RunFile, directory: Path) -> list[Daemon]:
     run_toml = str(directory / "run.toml")
     bus = client_address(file.section(BrokerSection).bind)
     gateway = file.section(GatewaySection)
-    workers = int(to_toml_table(file).get("worker", {}).get("processes", 1))
+    table = to_toml_table(file)
+    workers = int(table.get("worker", {}).get("processes", 1))
+    engines = own_engines(table.get("serve", {}), gateway.upstreams)
+    # It may load a large model, compile it, and then fetch newer weights than those it began with.
+    engines_limit_s = 2 * float(table.get("serve", {}).get("start_limit_s", 300.0))
     keys = keys_directory(file.section(BrokerSection).keys, directory)
 
     def command(*arguments: str) -> list[str]:
@@ -178,26 +182,18 @@ def daemons(file: RunFile, directory: Path) -> list[Daemon]:
         return True
 
     async def engines_answer() -> bool:
-        return all([await _answers(f"{upstream}/health") for upstream in gateway.upstreams])
+        return all([await is_ready(engine) for engine in engines])
 
     async def gateway_answers() -> bool:
-        return await _answers(f"http://{client_address(gateway.bind)}/health")
+        return await answers(f"http://{client_address(gateway.bind)}/health")
 
     return [
         Daemon("broker", "broker", command("broker"), broker_answers, healthy_within_s=60.0),
-        Daemon("serve", "serve", command("serve"), engines_answer, healthy_within_s=600.0),  # it may load a large model
+        Daemon("serve", "serve", command("serve"), engines_answer, healthy_within_s=engines_limit_s),
         Daemon("gateway", "gateway", command("gateway"), gateway_answers, healthy_within_s=120.0),
         *(Daemon(f"worker-{n}", "worker", command("worker", "--processes", "1")) for n in range(1, workers + 1)),
         Daemon("train", "train", command("train")),
     ]
-
-
-async def _answers(url: str) -> bool:
-    try:
-        async with httpx.AsyncClient(timeout=2.0, trust_env=False) as http:
-            return (await http.get(url)).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 # -- while the run lasts ------------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from lightning_bus import Section
+from lightning_bus import ConfigError, Section, client_address
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 CountOrNone = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+PORT_MAX = 65_535
 
 
 class PolicySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,11 +47,15 @@ class ServeSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     python: str = ".venv-vllm/bin/python"  # of the environment that vLLM is installed in; `make vllm` makes this one
     tensor_parallel: Count = 1
     data_parallel: Count = 1
+    # GPUs of the replicas in turn, tensor_parallel × data_parallel for each: [1, 2] leaves GPU 0 to the trainer, and
+    # [0, 0] shares one between two replicas (with a smaller --gpu-memory-utilization). Default: all, in order.
+    devices: list[CountOrNone] = msgspec.field(default_factory=list)
     tool_parser: str = "hermes"  # turns the policy's text into tool calls; empty: none
     reasoning_parser: str = ""
     lora_rank_max: CountOrNone = 0  # serve LoRA adapters up to this rank; 0: none
     cache_bytes: Count = 1 << 30  # for keys and values, where vLLM runs on a CPU
-    arguments: list[str] = []  # further arguments of `vllm serve`, such as ["--gpu-memory-utilization", "0.8"]
+    # Further arguments of `vllm serve`, such as ["--gpu-memory-utilization", "0.8"].
+    arguments: list[str] = msgspec.field(default_factory=list)
     start_limit_s: Positive = 600.0  # from the start of a replica until it answers
 
 
@@ -85,6 +91,19 @@ class RlSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     grad_norm_max: Positive = 1.0
     stop_reward: float | None = None  # stop early when the mean reward of `stop_window` steps reaches this
     stop_window: Count = 6
+    # Tasks in turn, or those first that the policy sometimes succeeds at: whose running share of rollouts with a reward
+    # of at least success_reward lies within these bounds. The share `explore` of groups tries the others.
+    curriculum: bool = False
+    success_reward: float = 1.0
+    success_min: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.1
+    success_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.9
+    explore: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.2
+
+    def __post_init__(self) -> None:
+        if self.success_min > self.success_max:
+            raise ValueError(
+                f"success_min {self.success_min} is above success_max {self.success_max}: no task is between"
+            )
 
 
 class EvalSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,8 +127,46 @@ class TrainSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     # What happens to calls in flight while weights change: keep freezes them and they go on under the new weights, drain
     # lets them finish first, abort ends them and the gateway asks again.
     push_mode: Literal["keep", "drain", "abort"] = "keep"
-    push_limit_s: Positive = 60.0  # of each step of a push; generous for gigabytes, short enough to notice a dead engine
+    push_limit_s: Positive = 60.0  # of each step of a push: enough for gigabytes, little enough to notice a dead engine
     rollout_limit_s: Positive = 600.0  # how long to wait for rollouts before saying that nobody carries them out
     sft: SftSection = msgspec.field(default_factory=SftSection)
     rl: RlSection = msgspec.field(default_factory=RlSection)
     eval: EvalSection = msgspec.field(default_factory=EvalSection)
+
+
+def replica_binds(section: ServeSection) -> list[str]:
+    """Return the HOST:PORT of each replica: `serve.bind`, and the ports that follow it."""
+    host, port = _host_and_port(section.bind, "serve.bind")
+    last = port + section.replicas - 1
+    if last > PORT_MAX:
+        raise ConfigError(
+            f"serve.replicas = {section.replicas} from serve.bind {section.bind} on would need port {last}; the last "
+            f"is {PORT_MAX}. Choose a lower port."
+        )
+    return [f"{host}:{port + number}" for number in range(section.replicas)]
+
+
+def replica_urls(section: ServeSection) -> list[str]:
+    """Return the base URL of each replica, as this machine reaches it. Raises ConfigError."""
+    return [f"http://{client_address(bind)}" for bind in replica_binds(section)]
+
+
+def scripted_bind(section: ServeSection) -> str:
+    """Return the HOST:PORT of the scripted models beside vLLM; without one of its own, the port after the replicas."""
+    if section.scripted_bind:
+        _host_and_port(section.scripted_bind, "serve.scripted_bind")
+        return section.scripted_bind
+    host, port = _host_and_port(section.bind, "serve.bind")
+    return f"{host}:{port + section.replicas}"
+
+
+def scripted_url(section: ServeSection) -> str:
+    """Return the base URL of the scripted models beside vLLM. The embedded engine serves them itself."""
+    return f"http://{client_address(scripted_bind(section))}"
+
+
+def _host_and_port(bind: str, key: str) -> tuple[str, int]:
+    host, _, port = bind.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) <= PORT_MAX:
+        raise ConfigError(f"{key}: {bind!r} is not host:port. Write it like 127.0.0.1:4752.")
+    return host, int(port)

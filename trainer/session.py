@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anyio
+import anyio.to_thread
 import httpx
 import msgspec
 from transformers import PreTrainedModel
@@ -30,22 +30,23 @@ from lightning_bus import (
     StorageError,
     TrainedRollout,
     WeightVersion,
-    monotonic_s,
     wall_ns,
 )
 from lightning_bus.adapters import Row
-from trainer.config import PolicySection, TrainSection
+from trainer.config import PolicySection, ServeSection, TrainSection
 from trainer.metrics import MetricsFile
 from trainer.optimize import checkpoint
 from trainer.optimize.optimizer import Optimizer
 from trainer.optimize.step import StepMetrics
-from trainer.policy.model import load_policy, load_tokenizer, named_weights, save_policy
+from trainer.policy.model import gathered_weights, load_policy, load_tokenizer, save_policy
+from trainer.registry import files_to_keep
 from trainer.serving.errors import WeightUpdateError
-from trainer.serving.weights import WeightPush, WeightSlots, shm_directory
+from trainer.serving.fleet import ENGINE_LIMIT_S, Fleet, build_transfer
+from trainer.serving.remote import RemoteEngine
+from trainer.serving.slots import shm_directory
+from trainer.serving.weights import weights_checksum
 
 log = logging.getLogger(__name__)
-
-ENGINE_LIMIT_S = 180.0  # an engine that restarts and loads a model is back well within this
 
 
 @dataclass(slots=True)
@@ -65,6 +66,8 @@ class Progress:
     line: dict[str, Any] = field(default_factory=dict[str, Any])  # its line in metrics.jsonl
     started_ns: int = 0
     checkpoints: int = 0  # saved so far; the newest has the highest number
+    curriculum: dict[str, list[float]] = field(default_factory=dict[str, list[float]])  # data.curriculum.Rates
+    rolled_back: int = 0  # the version that a rollback made: what versions before it sampled is not trained on
 
 
 class Session:
@@ -80,10 +83,16 @@ class Session:
         self.metrics = MetricsFile(self.directory / "metrics.jsonl")
         self.progress = Progress(started_ns=_started_ns(run.directory))
         self.model: PreTrainedModel = load_policy(self.directory / "policy")
-        self._http = http
-        self._engine_urls = list(engine_urls)
-        # One run, one pair of files: named after the run's directory, so that a resumed trainer takes them over.
-        self._slots = WeightSlots(shm_directory(), f"lightning-bus-{_name_of(self.directory)}")
+        # Files are named after the run's directory, so that a resumed trainer takes them over.
+        transfer = build_transfer(
+            run.section(ServeSection), self.directory, f"lightning-bus-{_name_of(self.directory)}"
+        )
+        self.fleet = Fleet(
+            [RemoteEngine(http, url, limit_s=self.train.push_limit_s) for url in engine_urls],
+            transfer,
+            mode=self.train.push_mode,
+            limit_s=self.train.push_limit_s + ENGINE_LIMIT_S,
+        )
 
     def resume(self) -> None:
         """Take over weights and progress from the newest checkpoint, if there is one; see `restore_optimizer` too."""
@@ -111,30 +120,58 @@ class Session:
         """Make model, optimiser and progress durable."""
         self.progress.checkpoints += 1
         extra = msgspec.to_builtins(self.progress)
-        number, keep = self.progress.checkpoints, self.train.keep_checkpoints
         with storing(self.checkpoints):
-            checkpoint.save(self.checkpoints, number, self.model, optimizer, extra, keep=keep)
+            checkpoint.save(self.checkpoints, self.progress.checkpoints, self.model, optimizer, extra)
 
-    async def publish(self) -> None:
-        """Make the checkpointed weights the ones that engines serve, under their version, and say so on the bus."""
+    async def retain(self) -> None:
+        """Drop old checkpoints: all but the newest few, and those of pinned versions and of the one that is served."""
+        spared = await files_to_keep(self.bus, self.directory)
+        with storing(self.checkpoints):
+            checkpoint.drop_old(self.checkpoints, self.train.keep_checkpoints, spared)
+
+    async def record(self) -> None:
+        """Say on the bus that the checkpointed weights are the current version."""
         progress = self.progress
-        with storing(shm_directory()):
-            file = self._slots.write(dict(named_weights(self.model)))
+        weights = gathered_weights(self.model)
         version = WeightVersion(
             version=progress.version,
             parent=progress.parent,
             phase=progress.phase,
             step=progress.step,
-            path=str(file.path),
-            checksum=file.checksum,
+            path=str(self._durable.absolute()),
+            checksum=await anyio.to_thread.run_sync(weights_checksum, weights),
             trained=msgspec.convert(progress.trained, list[TrainedRollout], strict=False),
             metrics={key: float(value) for key, value in progress.line.items() if isinstance(value, (int, float))},
+            durable=str(self._durable.absolute()),
+            created_ns=wall_ns(),
         )
         known = await self.bus.get(POLICY_WEIGHTS, progress.version)
         if known is None:
             await self.bus.put(Resource(POLICY_WEIGHTS, progress.version, msgspec.msgpack.encode(version)))
-        for url in self._engine_urls:
-            await self._push(url, file, str(progress.version))
+
+    async def publish(self) -> None:
+        """Make the checkpointed weights the ones that engines serve, under their version, and say so on the bus."""
+        progress = self.progress
+        frozen = {name for name, tensor in self.model.named_parameters() if not tensor.requires_grad}
+        place = self.run.section(ServeSection).transfer_directory or shm_directory()
+        # Before the record, so that weights that cannot be served are never announced.
+        try:
+            with storing(Path(place)):
+                await self.fleet.prepare(gathered_weights(self.model), str(progress.version), frozen=frozen)
+        except WeightUpdateError as exc:
+            raise BrokenError(f"weight version {progress.version} cannot be served: {exc}") from exc
+        await self.record()
+        try:
+            times = await self.fleet.push()
+        except WeightUpdateError as exc:
+            raise BrokenError(f"weight version {progress.version} was not pushed: {exc}") from exc
+        if progress.line:
+            progress.line.update(
+                push_s=times.seconds,
+                push_copy_s=times.copy_s,
+                standstill_ms=times.standstill_ms,
+                replicas_current=times.current,
+            )
 
     def tell(self, line: dict[str, Any]) -> None:
         """Write a line to metrics.jsonl."""
@@ -160,28 +197,17 @@ class Session:
         return target
 
     def close(self) -> None:
-        """Let go of shared memory. Only when the run is over: an engine that restarts reads its weights there."""
-        self._slots.unlink()
+        """Let go of the weight files. An engine that restarts reads the checkpoint."""
+        self.fleet.close()
 
-    async def _push(self, url: str, file: Any, version: str) -> None:
-        """Push until the engine serves this version. An engine that dies meanwhile is restarted by its supervisor."""
-        push = WeightPush(self._http, url)
-        until_s = monotonic_s() + ENGINE_LIMIT_S
-        reason = ""
-        while monotonic_s() < until_s:
-            try:
-                await push.wait_healthy(max(1.0, until_s - monotonic_s()))
-                times = await push.push(file, version)
-                self.progress.line.update(
-                    {"push_s": times.seconds, "standstill_ms": times.standstill_ms} if self.progress.line else {}
-                )
-                return
-            except (WeightUpdateError, TimeoutError, httpx.HTTPError) as exc:
-                reason = str(exc)
-                log.warning("%s; trying again", reason)
-                await anyio.sleep(0.5)
-        raise BrokenError(
-            f"the engine at {url} did not take weight version {version} within {ENGINE_LIMIT_S:g} s: {reason}"
+    @property
+    def _durable(self) -> Path:
+        """Where the current version stays: the checkpoint just written, or for version 0 the first policy."""
+        progress = self.progress
+        return (
+            checkpoint.path_of(self.checkpoints, progress.checkpoints)
+            if progress.version
+            else self.directory / "policy"
         )
 
 

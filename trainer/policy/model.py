@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.policy.attention import choose_backend
@@ -70,6 +71,17 @@ def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach().contiguous()
+
+
+def gathered_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every weight as `named_weights` has it, whole: what FSDP keeps in shards is put together.
+
+    All ranks must call it, because gathering is something that they do together; all of it is done when it returns,
+    so a rank that goes on to send never waits for another in between.
+    """
+    return {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in named_weights(model)
+    }
 
 
 def move_into_place(partial: Path, directory: Path) -> None:

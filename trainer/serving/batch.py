@@ -43,11 +43,20 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Tokens that one step added to a completion."""
+    """Tokens that one step, or a few, added to a completion. After a `last` one nothing but the Completion follows."""
 
     token_ids: list[int]
     logprobs: list[float]
     top_logprobs: list[list[tuple[int, float]]]
+    last: bool = False
+
+    def followed_by(self, later: Delta) -> Delta:
+        return Delta(
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            self.top_logprobs + later.top_logprobs,
+            later.last,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +106,6 @@ class Request:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         self.top_logprobs.append(top)
-        if self.on_tokens is not None:
-            self.on_tokens(Delta([token_id], [logprob], [top]))
 
     def completion(self) -> Completion:
         """What there is so far, as a finished completion; no spans when it never got a token."""
@@ -302,6 +309,8 @@ class Batch:
         for row, token_id, logprob, top in zip(rows, sampled.token_ids, sampled.logprobs, tops, strict=True):
             row.take(token_id, logprob, top, version)
             self._check_end(row, token_id)
+            if row.on_tokens is not None:
+                row.on_tokens(Delta([token_id], [logprob], [top], last=row.finish_reason is not None))
 
     def _check_end(self, row: Request, token_id: int) -> None:
         if row.stop is not None and row.detokenizer is not None:

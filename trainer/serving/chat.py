@@ -30,9 +30,28 @@ class ChatFormat:
         self._end_ids = end_ids
         self._token_texts: dict[int, str] = {}
 
-    def prompt_ids(self, messages: list[Message], tools: list[Message] | None) -> list[int]:
-        """The ids a model is to continue. Raises BadRequestError for messages the template cannot render."""
-        return self.encode(self._render(messages, tools, add_generation_prompt=True))
+    def prompt_ids(
+        self,
+        messages: list[Message],
+        tools: list[Message] | None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The ids a model is to continue. Raises BadRequestError for messages the template cannot render.
+
+        add_generation_prompt   end with what opens the assistant's turn; without it this is the history alone
+        continue_final_message  leave the last message open, so that the model goes on with it
+        template_kwargs         variables of the template, such as enable_thinking
+        """
+        if template_kwargs and "chat_template" in template_kwargs:
+            raise BadRequestError(
+                "chat_template_kwargs holds a chat_template; the model's own is used here. Send only its variables.",
+                param="chat_template_kwargs",
+            )
+        turn = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        return self.encode(self._render(messages, tools, {**(template_kwargs or {}), **turn}))
 
     def scripted(
         self, script: Script, messages: list[Message], tools: list[Message] | None
@@ -44,8 +63,8 @@ class ChatFormat:
             raise EngineFailedError(f"the scripted model failed: {type(exc).__name__}: {exc}") from exc
         if not isinstance(reply, dict):
             raise EngineFailedError(f"the scripted model gave a {type(reply).__name__}; an assistant message is a dict")
-        prompt = self._render(messages, tools, add_generation_prompt=True)
-        whole = self._render([*messages, {"role": "assistant", **reply}], tools, add_generation_prompt=False)
+        prompt = self._render(messages, tools, {"add_generation_prompt": True})
+        whole = self._render([*messages, {"role": "assistant", **reply}], tools, {"add_generation_prompt": False})
         prompt_ids, whole_ids = self.encode(prompt), self.encode(whole)
         if whole_ids[: len(prompt_ids)] != prompt_ids:
             raise EngineFailedError(
@@ -108,13 +127,13 @@ class ChatFormat:
         # JSON has no -inf; OpenAI writes -9999.0 for a token that could not have been sampled.
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
-    def _render(self, messages: list[Message], tools: list[Message] | None, *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], tools: list[Message] | None, options: Mapping[str, Any]) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 [_for_template(message) for message in messages],
                 tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
+                **options,
             )
         except BadRequestError:
             raise

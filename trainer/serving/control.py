@@ -78,8 +78,22 @@ def control_routes(engine: Engine, model_name: str) -> list[Route]:
 
     async def update(request: HttpRequest) -> Response:
         info = (await read_body(request, UpdateBody)).update_info
-        file = WeightFile(Path(info.path), info.names, info.dtype_names, info.shapes, info.checksum, info.bytes)
-        await engine.update_weights(file)
+        if info.abandon:
+            engine.abandon_weight_update()
+            return json_response({"message": "Weight update abandoned"})
+        await engine.update_weights(
+            WeightFile(
+                path=Path(info.path),
+                version=info.version,
+                names=info.names,
+                dtype_names=info.dtype_names,
+                shapes=info.shapes,
+                bytes=info.bytes,
+                base=info.base,
+                stamp=info.stamp,
+                checksum=info.checksum,
+            )
+        )
         return json_response({"message": "Weights updated"})
 
     async def finish_update(request: HttpRequest) -> Response:

@@ -32,7 +32,7 @@ from trainer.serving.errors import BadRequestError, WeightUpdateError
 from trainer.serving.loop import EngineStatistics, PauseMode, StepLoop
 from trainer.serving.sampling import SamplingParams
 from trainer.serving.text import Detokenizer, StopStrings
-from trainer.serving.weights import WeightFile, checksums, read_weights, served_tensors
+from trainer.serving.weights import StagedWeights, WeightFile, checksums, read_weights, served_tensors
 
 CONTEXT_TOKENS_DEFAULT = 4096  # what a slot may grow to when the model's own limit is larger
 
@@ -83,7 +83,7 @@ class Engine:
         self._engine_tokenizer = copy.deepcopy(tokenizer)  # the engine thread's own: see text.py
         self._seeds = random.Random(seed)
         self._update_open = False
-        self._staged: dict[str, torch.Tensor] | None = None
+        self._staged: StagedWeights | None = None
         self._loop = StepLoop(
             batch, self._tensors, version=version, waiting_max=waiting_max, torch_threads=torch_threads
         )
@@ -157,7 +157,7 @@ class Engine:
         request = Request(
             prompt_ids=np.asarray(prompt_ids, dtype=np.int32),
             params=params,
-            tokens_max=self._tokens_max(prompt_ids, params),
+            tokens_max=self.tokens_max(prompt_ids, params),
             generator=random.Random(params.seed if params.seed is not None else self._seeds.getrandbits(64)),
             on_tokens=on_tokens,
             on_done=on_done,
@@ -172,6 +172,29 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Give the request up; its slot is free before the next step. No effect on a finished one."""
         self._loop.cancel(request)
+
+    def tokens_max(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+        """How many tokens a completion of this prompt may have. Raises BadRequestError when prompt or params do not fit."""
+        if len(prompt_ids) == 0:
+            raise BadRequestError("the prompt holds no tokens; send at least one", param="prompt")
+        self.check_ids(prompt_ids, param="prompt")
+        room = self.context_tokens - len(prompt_ids)
+        if room < 1 or (params.max_tokens or 1) > room:
+            raise BadRequestError(
+                f"This model's maximum context length is {self.context_tokens} tokens. The prompt has "
+                f"{len(prompt_ids)} and max_tokens is {params.max_tokens}. Shorten the prompt or lower max_tokens.",
+                param="max_tokens" if room >= 1 else "messages",
+            )
+        return params.max_tokens or room
+
+    def check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
+        """Raise BadRequestError, naming `param`, when an id is none of the model's."""
+        if len(token_ids) and (min(token_ids) < 0 or max(token_ids) >= self._vocabulary):
+            raise BadRequestError(
+                f"the {param} holds token id {max(token_ids) if min(token_ids) >= 0 else min(token_ids)}; "
+                f"ids of this model run from 0 to {self._vocabulary - 1}",
+                param=param,
+            )
 
     # --- control ---
 
@@ -190,7 +213,7 @@ class Engine:
         An update that was opened and never finished is abandoned: nothing of it has been overwritten, and whoever
         pushed it may be dead. So after a resume the next push always finds the door open.
         """
-        self._update_open, self._staged = False, None
+        self.abandon_weight_update()
         await asyncio.wrap_future(self._loop.resume())
 
     @property
@@ -232,16 +255,20 @@ class Engine:
     async def update_weights(self, file: WeightFile) -> None:
         """Read and check the file while generation goes on or stands still; nothing is overwritten yet.
 
-        A file that does not fit (names, shapes, dtypes, checksum, not finite) ends the update with
+        A file that does not fit (names, shapes, dtypes, what it builds on, checksum) ends the update with
         WeightsRefusedError and the old weights keep serving.
         """
         if not self._update_open:
             raise WeightUpdateError("no weight update is open. Call /start_weight_update first.")
         try:
-            self._staged = await asyncio.to_thread(read_weights, file, self._tensors)
+            self._staged = await asyncio.to_thread(read_weights, file, self._tensors, self.version)
         except BaseException:
             self._update_open = False
             raise
+
+    def abandon_weight_update(self) -> None:
+        """Forget an update that was opened and not finished, if there is one; the next finds the door open."""
+        self._update_open, self._staged = False, None
 
     async def finish_weight_update(self, version: str | None) -> None:
         """Copy the checked tensors in between two steps; from then on tokens carry `version` (None keeps the label)."""
@@ -250,14 +277,9 @@ class Engine:
         staged, self._staged, self._update_open = self._staged, None, False
         if staged is None:
             raise WeightUpdateError("the open weight update brought no weights. Call /update_weights before finishing.")
-        await asyncio.wrap_future(self._loop.swap(staged, version))
-
-    def load_weights(self, file: WeightFile, version: str) -> None:
-        """Serve the file's weights from the next step on; blocks until they are in.
-
-        For starting with the newest weights. Raises WeightsRefusedError when they do not fit the model.
-        """
-        self._loop.swap(read_weights(file, self._tensors), version).result()
+        staged.check()
+        await asyncio.wrap_future(self._loop.swap(staged.tensors, version))
+        staged.check()
 
     async def set_version(self, version: str) -> None:
         """Change the label without changing weights."""
@@ -270,27 +292,6 @@ class Engine:
     async def weight_checksums(self) -> dict[str, str]:
         """SHA-256 of every tensor served, by name, taken between two steps."""
         return await asyncio.wrap_future(self._loop.call(lambda: checksums(self._tensors)))
-
-    # --- helpers ---
-
-    def _tokens_max(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
-        vocabulary = self._vocabulary
-        if len(prompt_ids) == 0:
-            raise BadRequestError("the prompt holds no tokens; send at least one", param="prompt")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= vocabulary:
-            raise BadRequestError(
-                f"the prompt holds token id {max(prompt_ids) if min(prompt_ids) >= 0 else min(prompt_ids)}; "
-                f"ids of this model run from 0 to {vocabulary - 1}",
-                param="prompt",
-            )
-        room = self.context_tokens - len(prompt_ids)
-        if room < 1 or (params.max_tokens or 1) > room:
-            raise BadRequestError(
-                f"This model's maximum context length is {self.context_tokens} tokens. The prompt has "
-                f"{len(prompt_ids)} and max_tokens is {params.max_tokens}. Shorten the prompt or lower max_tokens.",
-                param="max_tokens" if room >= 1 else "messages",
-            )
-        return params.max_tokens or room
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

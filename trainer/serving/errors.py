@@ -5,6 +5,9 @@ ServingError
 ├── QueueFullError       try again after retry_after_s
 ├── EngineFailedError    the forward pass failed or the engine closed: this request is lost, another may work
 └── WeightUpdateError    a weight update was refused or failed; `served` says whether the old weights still answer
+    ├── WeightsRefusedError   the weights do not fit: sending them again will not help
+    ├── EngineAnsweredError   the engine said that it did not do it
+    └── EngineSilentError     the engine is gone or hangs: ask again when it is back
 """
 
 from __future__ import annotations
@@ -51,3 +54,15 @@ class WeightUpdateError(ServingError):
 
 class WeightsRefusedError(WeightUpdateError):
     """The weights offered were checked and found not to fit; nothing was overwritten."""
+
+
+class EngineAnsweredError(WeightUpdateError):
+    """The engine answered that it did not do what it was asked; its own words are in the message."""
+
+    def __init__(self, message: str, *, status: int, served: bool = True) -> None:
+        super().__init__(message, served=served)
+        self.status = status
+
+
+class EngineSilentError(WeightUpdateError):
+    """The engine did not answer: it is gone, or it hangs."""

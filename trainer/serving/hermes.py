@@ -53,27 +53,31 @@ def render_call(function: dict[str, Any]) -> str:
 
 
 class HermesStream:
-    """The same over text that arrives in pieces: content goes out as it comes, a call once it is complete."""
+    """The same over text that arrives in pieces: content goes out as it comes, a call once it is complete.
 
-    def __init__(self) -> None:
-        self._pending = ""
-        self.called = False
+    pending  text not given out yet: it may be, or begin, a call
+    called   a call has been given out; from then on content beside calls is dropped
+    """
+
+    def __init__(self, *, pending: str = "", called: bool = False) -> None:
+        self.pending = pending
+        self.called = called
 
     def push(self, piece: str) -> tuple[str, list[dict[str, Any]]]:
         """Content to show now, and calls that this piece completed."""
-        self._pending += piece
+        self.pending += piece
         content, calls = "", []
         while True:
-            before, tag, inside = self._pending.partition(OPENING)
+            before, tag, inside = self.pending.partition(OPENING)
             if not tag:
-                shown = len(self._pending) - _overlap(self._pending)
-                content += self._beside_calls(self._pending[:shown])
-                self._pending = self._pending[shown:]
+                shown = len(self.pending) - _overlap(self.pending)
+                content += self._beside_calls(self.pending[:shown])
+                self.pending = self.pending[shown:]
                 return content, calls
             content += self._beside_calls(before)
             body, closed, rest = inside.partition(CLOSING)
             if not closed:
-                self._pending = tag + inside
+                self.pending = tag + inside
                 return content, calls
             call = parse_call(body)
             if call is None:
@@ -81,11 +85,11 @@ class HermesStream:
             else:
                 calls.append(call)
                 self.called = True
-            self._pending = rest
+            self.pending = rest
 
     def flush(self) -> tuple[str, list[dict[str, Any]]]:
         """What was held back, once nothing more comes."""
-        pending, self._pending = self._pending, ""
+        pending, self.pending = self.pending, ""
         call = parse_call(pending.removeprefix(OPENING)) if pending.startswith(OPENING) else None
         if call is None:
             return pending if pending.startswith(OPENING) else self._beside_calls(pending), []

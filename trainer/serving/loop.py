@@ -135,11 +135,11 @@ class StepLoop:
         return self.call(command)
 
     def swap(self, tensors: Mapping[str, Tensor], version: str | None) -> Future[None]:
-        """Overwrite every served tensor between two steps; None keeps the version's label."""
+        """Overwrite these of the served tensors between two steps; None keeps the version's label."""
 
         def command() -> None:
-            for name, tensor in self._tensors.items():
-                tensor.copy_(tensors[name])
+            for name, tensor in tensors.items():
+                self._tensors[name].copy_(tensor)
             self._batch.weights_changed()
             self._weight_updates += 1
             if version is not None:

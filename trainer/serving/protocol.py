@@ -14,6 +14,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from trainer.serving.batch import VersionSpan
 from trainer.serving.errors import (
     BadRequestError,
     EngineFailedError,
@@ -23,11 +24,18 @@ from trainer.serving.errors import (
     WeightUpdateError,
 )
 from trainer.serving.sampling import SamplingParams
+from trainer.serving.text import TextState
 
 CHOICES_MAX = 128  # completions of one request; more would sit in the queue behind each other anyway
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)]
 Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+class StreamState(TextState, kw_only=True, forbid_unknown_fields=True):
+    """What the caller of a streamed derender carries from chunk to chunk; nothing of it is kept here."""
+
+    role_sent: bool = False
 
 
 class StreamOptions(msgspec.Struct):
@@ -49,21 +57,25 @@ class Sampling(msgspec.Struct, kw_only=True):
 
     def params(self, *, top_logprobs: int = 0, max_tokens: int | None = None) -> SamplingParams:
         """As the engine wants them; left-out values are OpenAI's defaults. Raises BadRequestError."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,
             seed=self.seed,
-            stop=tuple(stop),
+            stop=self.stops(),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             top_logprobs=top_logprobs,
         )
 
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
 
 class ChatBody(Sampling, kw_only=True):
+    """A chat request. tool_choice "none" hides the tools; any other value offers them, and the model chooses."""
+
     model: str
     messages: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)]
     tools: list[dict[str, Any]] | None = None
@@ -75,6 +87,19 @@ class ChatBody(Sampling, kw_only=True):
     top_logprobs: int | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    request_id: str | None = None
+    priority: int | None = None  # taken in for vLLM's sake; here the queue is first come, first served
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def chat_params(self) -> SamplingParams:
+        """As `params`, by the fields that only chat has."""
+        top_logprobs = (self.top_logprobs or 0) if self.logprobs else 0
+        return self.params(top_logprobs=top_logprobs, max_tokens=self.max_completion_tokens)
+
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.tools
 
 
 class CompletionBody(Sampling, kw_only=True):
@@ -89,16 +114,72 @@ class CompletionBody(Sampling, kw_only=True):
 
 class GenerateSampling(Sampling, kw_only=True):
     logprobs: int | None = None
+    skip_special_tokens: bool | None = None
 
 
 class GenerateBody(msgspec.Struct, kw_only=True):
+    """Ids to continue; what /v1/chat/completions/render answers is one."""
+
     token_ids: list[int]
     sampling_params: GenerateSampling
     model: str | None = None
     request_id: str | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    output_mode: Literal["tokens", "text"] | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     return_token_ids: bool | None = None
+
+
+class IdLogprob(msgspec.Struct):
+    token_id: int
+    logprob: float
+    rank: int | None = None
+
+
+class IdLogprobs(IdLogprob):
+    """Log-probs of one position. top_logprobs begins with the sampled token, the likeliest follow by rank."""
+
+    top_logprobs: list[IdLogprob] = []
+
+
+class IdLogprobsContent(msgspec.Struct):
+    content: list[IdLogprobs] | None = None
+
+
+class GeneratedChoice(msgspec.Struct, kw_only=True):
+    """A choice of /inference/v1/generate, or one chunk of it."""
+
+    index: int
+    token_ids: list[int] | None = None
+    logprobs: IdLogprobsContent | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    weight_versions: list[VersionSpan] | None = None
+
+
+class Generated(msgspec.Struct, kw_only=True):
+    """What /inference/v1/generate answered, whole or in one chunk."""
+
+    choices: list[GeneratedChoice]
+    request_id: str | None = None
+    output_mode: Literal["tokens"] = "tokens"  # text is derendered already, and its stop strings are gone
+    prompt_token_ids: list[int] | None = None
+    usage: dict[str, Any] | None = None
+
+
+class DerenderBody(msgspec.Struct, kw_only=True):
+    """Ids to turn into a chat answer: `generate_response` whole, or with `stream` one `generate_chunk` after another."""
+
+    stream: bool = False
+    model: str | None = None
+    generate_response: Generated | None = None
+    generate_chunk: Generated | None = None
+    stream_state: StreamState | None = None
+    prompt_tokens: int | None = None
+    prompt_token_ids: list[int] | None = None
+    chat_request: ChatBody | None = None
 
 
 class InitTransferBody(msgspec.Struct):
@@ -106,12 +187,16 @@ class InitTransferBody(msgspec.Struct):
 
 
 class UpdateInfo(msgspec.Struct):
-    path: str
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-    checksum: str
+    path: str = ""
+    version: str = ""
+    names: list[str] = msgspec.field(default_factory=list)
+    dtype_names: list[str] = msgspec.field(default_factory=list)
+    shapes: list[list[int]] = msgspec.field(default_factory=list)
     bytes: int = 0
+    base: str = ""
+    stamp: str = ""
+    checksum: str = ""
+    abandon: bool = False  # nothing is brought: an update that a dead trainer left open ends
 
 
 class UpdateBody(msgspec.Struct):
@@ -165,7 +250,7 @@ async def on_serving_error(_: HttpRequest, exc: Exception) -> Response:
 
 def status_of(exc: ServingError) -> int:
     """400 fix the call, 503 try again, 500 it was lost, or a weight step came out of order as in vLLM."""
-    if isinstance(exc, UnknownModelError):
+    if isinstance(exc, UnknownModelError | NoWeightsError):
         return HTTPStatus.NOT_FOUND
     if isinstance(exc, BadRequestError | WeightsRefusedError):
         return HTTPStatus.BAD_REQUEST
@@ -180,3 +265,13 @@ class UnknownModelError(BadRequestError):
 
     def __init__(self, model: str, served: Sequence[str]) -> None:
         super().__init__(f"The model {model!r} does not exist here. Served: {', '.join(served)}.", param="model")
+
+
+class NoWeightsError(BadRequestError):
+    """The model is a script: it answers messages, and there is nothing to render for or to continue."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The scripted model {model!r} has no weights and answers messages only. Use /v1/chat/completions.",
+            param="model",
+        )

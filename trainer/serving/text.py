@@ -6,31 +6,58 @@ tokenizer object is not safe to use from two threads, so each thread is given it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
 from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\ufffd"  # what a decoder writes for the bytes of an unfinished character
 
 
-class Detokenizer:
-    """Turns a growing list of ids into text; `push` returns what the new ids added, which may be nothing yet."""
+class TextState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Where the text of one choice stands between two pieces; the fields are those of the classes it is kept for."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+    window: list[int] = []
+    shown: Annotated[int, msgspec.Meta(ge=0)] = 0
+    held: str = ""
+    found: str | None = None
+    pending: str = ""
+    calls_sent: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class Detokenizer:
+    """Turns a growing list of ids into text; `push` returns what the new ids added, which may be nothing yet.
+
+    window, shown  where an earlier one left off, as its attributes of the same names say
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        skip_special_tokens: bool = True,
+        window: Sequence[int] = (),
+        shown: int = 0,
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._ids: list[int] = []
-        # Ids before `_context` are settled; those up to `_shown` are decoded along because a token's text may
-        # depend on its left neighbour (a leading space, half a character).
-        self._context = 0
-        self._shown = 0
+        # Ids whose text is out are kept for one more push, because a token's text may depend on its left neighbour
+        # (a leading space, half a character); what is older is settled.
+        self.window = list(window)
+        self.shown = shown
 
     def push(self, token_ids: list[int], *, last: bool = False) -> str:
         """The text these ids add. `last` gives out an unfinished character too."""
-        self._ids += token_ids
-        before = self._decode(self._ids[self._context : self._shown])
-        now = self._decode(self._ids[self._context :])
+        if not token_ids and not last:
+            return ""
+        self.window += token_ids
+        before = self._decode(self.window[: self.shown])
+        now = self._decode(self.window)
         if now.endswith(INCOMPLETE) and not last:
             return ""
-        self._context, self._shown = self._shown, len(self._ids)
+        self.window = self.window[self.shown :]
+        self.shown = len(self.window)
         return now[len(before) :]
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -40,28 +67,33 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Watches growing text for the first of some strings."""
+    """Watches growing text for the first of some strings.
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    held   the end of the text, which may yet turn out to begin a stop string
+    found  the stop string that ended the text, from then on
+    """
+
+    def __init__(self, stops: tuple[str, ...], *, held: str = "", found: str | None = None) -> None:
         self._stops = stops
-        self._longest = max(map(len, stops), default=0)
-        self.text = ""
-        self.found: str | None = None
+        self._longest = max(map(len, stops), default=1)
+        self.held = held
+        self.found = found
 
     def push(self, piece: str) -> str:
         """Take in more text; return what may be shown, which is never part of a stop string that completes later."""
-        shown = self._safe()
-        self.text += piece
-        hits = [(at, stop) for stop in self._stops if (at := self.text.find(stop, max(0, shown - self._longest))) >= 0]
+        if self.found is not None:
+            return ""
+        text = self.held + piece
+        hits = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
             at, self.found = min(hits)
-            self.text = self.text[:at]
-            return self.text[shown:]
-        return self.text[shown : self._safe()]
+            self.held = ""
+            return text[:at]
+        safe = max(0, len(text) - self._longest + 1)
+        self.held = text[safe:]
+        return text[:safe]
 
     def flush(self) -> str:
         """What was held back, once nothing more comes."""
-        return "" if self.found else self.text[self._safe() :]
-
-    def _safe(self) -> int:
-        return max(0, len(self.text) - max(self._longest - 1, 0))
+        held, self.held = self.held, ""
+        return held

@@ -1,196 +1,104 @@
-"""New weights on their way from the trainer to whoever serves: one file in shared memory, four HTTP calls.
+"""Weights in a file, on their way from the trainer to whoever serves.
 
-    write_weights ─► file (slot A or B) ─► pause(keep) → start → update → finish(version) → resume
+    trainer (slots.py) writes the file  ─►  WeightFile says what is in it  ─►  engine maps it, checks it, copies it
 
-What holds: a file appears under its name whole or not at all, and carries a checksum of every tensor in it; two
-slots take turns, so a server never reads the file being written; everything about a file is checked before the
-first served tensor is overwritten; and whatever fails, `resume` is tried, so no push leaves a server standing.
-The HTTP calls are vLLM's own; vllm itself is never imported.
+What always holds: the file is safetensors, every tensor under the model's own name, a tied one once; its header
+carries a stamp which is wiped before a byte changes and set when all have, so a reader that finds the announced stamp
+before and after it has read these weights and no others.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import mmap
 import os
-import tempfile
-import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import anyio
-import httpx
+import crc32c
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
 
-CALL_LIMIT_S = 60.0  # of each call of a push; generous for gigabytes, short enough to notice a dead server
+LENGTH_BYTES = 8  # of the header's length, at the start of a safetensors file
+ALIGNMENT_BYTES = 64  # of the first tensor
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+NO_STAMP = "-" * 32  # while a file is written; as long as a stamp
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
     """A weight file and what it should hold; the fields are the body of /update_weights.
 
+    version                     whose weights these are
     names, dtype_names, shapes  of the tensors, in one order; a tied tensor once, under its first name
-    checksum                    over names, dtypes, shapes and bytes of all tensors
     bytes                       of the tensors, without the file's header
+    base                        "" where all of the file is named, else the version to which the rest is unchanged
+    stamp                       what the file's header says as long as it holds these weights
+    checksum                    CRC-32 of all tensors' bytes in this order; "" where the stamp is enough
     """
 
     path: Path
+    version: str
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
-    checksum: str
     bytes: int
+    base: str = ""
+    stamp: str = ""
+    checksum: str = ""
 
     def update_info(self) -> dict[str, object]:
         return {**asdict(self), "path": str(self.path)}
 
+    def with_checksum(self) -> WeightFile:
+        """The same, with the checksum of what the file holds now. Reads all of it: for a first push, and on demand."""
+        return replace(self, checksum=_crc32(_map(self.path).tensors(self.names).values()))
 
-@dataclass(frozen=True, slots=True)
-class PushTimes:
-    """What one push took: `seconds` in all, of which generation stood still for `standstill_ms`."""
+    def only(self, names: Collection[str], *, base: str) -> WeightFile:
+        """The same file, of which an engine that serves version `base` need only take these tensors."""
+        kept = [at for at, name in enumerate(self.names) if name in names]
+        return replace(
+            self,
+            names=[self.names[at] for at in kept],
+            dtype_names=[self.dtype_names[at] for at in kept],
+            shapes=[self.shapes[at] for at in kept],
+            base=base,
+        )
 
-    seconds: float
-    standstill_ms: float
+
+def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """One checksum over names, dtypes, shapes and bytes, in the order of the names: says which weights these are."""
+    crc = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = crc32c.crc32c(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}".encode(), crc)
+        crc = crc32c.crc32c(raw_bytes(tensor), crc)
+    return f"crc32c:{crc:08x}"
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: Path) -> WeightFile:
-    """Write the tensors as safetensors and return what a reader needs to check them.
+def changed_names(names: Collection[str], frozen: Collection[str]) -> set[str]:
+    """The names to send where those of `frozen` never change.
 
-    The file is complete and on its medium before it appears under `path`; an older one there stays readable for
-    whoever has it open. Raises ValueError when two names share one tensor, OSError when the medium is full.
+    Engines fuse tensors of one layer (query, key and value; all experts), so a layer goes whole or not at all.
     """
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    owners: dict[int, str] = {}
-    for name, tensor in ordered.items():
-        owner = owners.setdefault(tensor.data_ptr(), name)
-        if owner != name and tensor.numel():
-            raise ValueError(f"{name!r} and {owner!r} are one tensor. Send tied weights once, under one name.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(ordered, temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return _describe(path, ordered)
+    changed = {_layer(name) for name in names if name not in frozen}
+    return {name for name in names if _layer(name) in changed}
 
 
-def describe_weights(path: Path, checksum: str) -> WeightFile:
-    """Describe a file from its own header, for a server that starts with weights it was only told the place of.
-
-    checksum  as it was announced: slots take turns, so by now newer weights may lie under the same name
-
-    Raises WeightsRefusedError when the file cannot be read.
-    """
-    return replace(_describe(path, _open(path)), checksum=checksum)
-
-
-def shm_directory() -> Path:
-    """Where weight files go: memory-backed where the system offers it, else the directory for temporary files."""
-    shared = Path("/dev/shm")
-    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-
-
-class WeightSlots:
-    """Two files that take turns. `write` uses the one that was not written last, so the other may still be read."""
-
-    def __init__(self, directory: Path, name: str) -> None:
-        self._paths = [directory / f"{name}-{slot}.safetensors" for slot in "ab"]
-
-    def write(self, tensors: Mapping[str, Tensor]) -> WeightFile:
-        """As `write_weights`, into the next slot."""
-        self._paths.reverse()
-        return write_weights(tensors, self._paths[0])
-
-    def unlink(self) -> None:
-        """Remove both files: shared memory outlives the process."""
-        for path in self._paths:
-            path.unlink(missing_ok=True)
-
-
-class WeightPush:
-    """Pushes weight files to one server over its HTTP control routes."""
-
-    def __init__(self, client: httpx.AsyncClient, base_url: str, *, call_limit_s: float = CALL_LIMIT_S) -> None:
-        self._client = client
-        self._base_url = base_url.rstrip("/")
-        self._call_limit_s = call_limit_s
-
-    async def push(self, file: WeightFile, version: str) -> PushTimes:
-        """Make the server answer under `file`'s weights from now on, labelled `version`.
-
-        Generation stands still from the pause to the resume, requests in flight are kept. Raises WeightUpdateError;
-        its `served` says whether the server still answers under its old weights or must be restarted.
-        """
-        began = time.perf_counter()
-        started = False
-        standing = began
-        try:
-            await self._post("/pause?mode=keep&clear_cache=false")
-            standing = time.perf_counter()
-            await self._post("/start_weight_update")
-            started = True
-            await self._post("/update_weights", {"update_info": file.update_info()})
-            await self._post("/finish_weight_update", {"weight_version": version})
-        except httpx.HTTPError as exc:
-            failed = f"pushing weight version {version!r} to {self._base_url} failed: {_reason(exc)}"
-            if isinstance(exc, httpx.HTTPStatusError) and exc.response.status_code == 400:
-                raise WeightsRefusedError(f"{failed}. Its old weights keep serving.") from exc
-            if not started:
-                raise WeightUpdateError(f"{failed}. Its old weights keep serving; push again.") from exc
-            way_out = "It may hold half an update: restart it before training on its tokens."
-            raise WeightUpdateError(f"{failed}. {way_out}", served=False) from exc
-        finally:
-            # Shielded: a push that is cancelled here must not leave the server paused for good.
-            with anyio.CancelScope(shield=True):
-                await self._resume()
-        ended = time.perf_counter()
-        return PushTimes(seconds=ended - began, standstill_ms=(ended - standing) * 1e3)
-
-    async def current_version(self) -> str:
-        """The label of the weights the server answers under. Raises httpx.HTTPError when it does not answer."""
-        response = await self._client.get(self._base_url + "/weight_info", timeout=self._call_limit_s)
-        return str(response.raise_for_status().json()["weight_version"])
-
-    async def wait_healthy(self, limit_s: float) -> None:
-        """Return once the server answers /health. Raises TimeoutError after limit_s with the last reason."""
-        reason = "no answer yet"
-        with anyio.move_on_after(limit_s):
-            while True:
-                try:
-                    response = await self._client.get(self._base_url + "/health", timeout=self._call_limit_s)
-                    response.raise_for_status()
-                except httpx.HTTPError as exc:
-                    reason = _reason(exc)
-                    await anyio.sleep(0.1)
-                else:
-                    return
-        raise TimeoutError(f"{self._base_url}/health was not ready within {limit_s} s: {reason}. See the server's log.")
-
-    async def _post(self, route: str, body: dict[str, object] | None = None) -> None:
-        response = await self._client.post(self._base_url + route, json=body, timeout=self._call_limit_s)
-        response.raise_for_status()
-
-    async def _resume(self) -> None:
-        try:
-            await self._post("/resume")
-        except httpx.HTTPError as exc:
-            raise WeightUpdateError(
-                f"{self._base_url} could not be resumed after a push: {_reason(exc)}. Restart it.",
-                served=False,
-            ) from exc
-
-
-# --- the server's side ---
+# --- the embedded engine's side ---
 
 
 def served_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -200,84 +108,205 @@ def served_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named if name in saved}
 
 
-def read_weights(file: WeightFile, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The file's tensors, mapped read-only, after checking them against its own description and `expected`.
+@dataclass(frozen=True, slots=True)
+class StagedWeights:
+    """Tensors that were checked and wait to be copied; they are views of the file, so look at it before and after."""
+
+    tensors: dict[str, Tensor]
+    file: WeightFile
+    mapped: Mapped
+
+    def check(self) -> None:
+        """Raise WeightUpdateError when the file was written again since it was announced."""
+        found = self.mapped.stamp()
+        if found != self.file.stamp:
+            raise WeightUpdateError(
+                f"{self.file.path} is stamped {found!r}, announced was {self.file.stamp!r}: it changed since. Push again."
+            )
+
+
+def read_weights(file: WeightFile, expected: Mapping[str, Tensor], version: str = "") -> StagedWeights:
+    """The file's tensors, mapped, after checking them against its own description and `expected`.
+
+    version  of the weights served now, on which a file with a `base` builds
 
     Raises WeightsRefusedError naming what does not fit; nothing of `expected` is touched.
     """
-    if sorted(file.names) != sorted(expected):
-        missing, unknown = sorted(expected.keys() - file.names), sorted(set(file.names) - expected.keys())
+    announced = dict(zip(file.names, zip(file.dtype_names, file.shapes, strict=True), strict=True))
+    unknown = sorted(announced.keys() - expected.keys())
+    missing = [] if file.base else sorted(expected.keys() - announced.keys())
+    if unknown or missing:
         raise WeightsRefusedError(
             f"{file.path}: missing {missing[:3]}, unknown {unknown[:3]}. Send the served model's names."
         )
-    for name, dtype_name, shape in zip(file.names, file.dtype_names, file.shapes, strict=True):
-        _check(file, name, dtype_name, shape, expected[name])
-    tensors = _open(file.path)
-    if tensors.keys() != expected.keys():
-        raise WeightsRefusedError(f"{file.path} holds {len(tensors)} tensors, its description names {len(file.names)}.")
-    for name, tensor in tensors.items():
-        _check(file, name, _dtype_name(tensor), list(tensor.shape), expected[name])
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):
-            raise WeightsRefusedError(f"{file.path}: {name} holds NaN or infinity. Roll the trainer back one step.")
-    found = _checksum(tensors)
-    if found != file.checksum:
+    if file.base and file.base != version:
         raise WeightsRefusedError(
-            f"{file.path} has checksum {found}, announced was {file.checksum}: it changed since it was written. Push again."
+            f"{file.path} builds on version {file.base!r}, served is {version!r}. Push all tensors."
         )
-    return tensors
+    _compare(file.path, {name: (dtype, list(shape)) for name, (dtype, shape) in announced.items()}, expected)
+    mapped = _map(file.path)
+    tensors = mapped.tensors()
+    if not (announced.keys() <= tensors.keys() if file.base else announced.keys() == tensors.keys()):
+        raise WeightsRefusedError(f"{file.path} holds {len(tensors)} tensors, its description names {len(file.names)}.")
+    tensors = {name: tensors[name] for name in file.names}
+    _compare(file.path, {name: (dtype_name(t.dtype), list(t.shape)) for name, t in tensors.items()}, expected)
+    if file.checksum:
+        _check_values(file, tensors)
+    staged = StagedWeights(tensors, file, mapped)
+    try:
+        staged.check()
+    except WeightUpdateError as exc:
+        raise WeightsRefusedError(str(exc)) from exc
+    return staged
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """SHA-256 of each tensor's bytes, by name, as vLLM's weight checker reports them."""
-    return {name: hashlib.sha256(_raw(tensor)).hexdigest() for name, tensor in tensors.items()}
+    return {name: hashlib.sha256(raw_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}
 
 
-def _open(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
-    except (OSError, SafetensorError) as exc:
-        raise WeightsRefusedError(f"{path} cannot be read: {exc}. Write it again and push.") from exc
+# --- the format ---
 
 
-def _describe(path: Path, ordered: Mapping[str, Tensor]) -> WeightFile:
+class Layout:
+    """Where each tensor lies in a file; the header has the same length for every stamp."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+        self.entries: dict[str, dict[str, Any]] = {}
+        owners: dict[tuple[int, int], str] = {}
+        wire = {
+            name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            for name, tensor in tensors.items()
+        }
+        end = 0
+        # Wide elements first, so that every tensor lies at a multiple of its element's size.
+        for name in sorted(tensors, key=lambda name: -wire[name].itemsize):
+            tensor = tensors[name]
+            owner = owners.setdefault((tensor.data_ptr(), tensor.nbytes), name)
+            if owner != name and tensor.numel():
+                raise WeightsRefusedError(
+                    f"{name!r} and {owner!r} are one tensor. Send tied weights once, under one name."
+                )
+            size = tensor.numel() * wire[name].itemsize
+            self.entries[name] = {
+                "dtype": DTYPE_CODES[wire[name]],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + size],
+            }
+            end += size
+        self.bytes = end
+
+    def header(self, stamp: str) -> bytes:
+        body = json.dumps({"__metadata__": {"stamp": stamp}, **self.entries}).encode()
+        body += b" " * (-(len(body) + LENGTH_BYTES) % ALIGNMENT_BYTES)
+        return len(body).to_bytes(LENGTH_BYTES, "little") + body
+
+
+class Mapped:
+    """A weight file in memory. Its tensors are views: they change when somebody writes the file.
+
+    Raises OSError when it cannot be opened and ValueError when it is not such a file.
+    """
+
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        with path.open("r+b" if writable else "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            # Private where we only read: torch wants memory that it could write to.
+            self._memory = mmap.mmap(opened.fileno(), size, flags=mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE)
+        length = int.from_bytes(self._memory[:LENGTH_BYTES], "little")
+        self._start = LENGTH_BYTES + length
+        if self._start > size:
+            raise ValueError(f"its header of {length} bytes does not fit into {size}")
+        self._entries: dict[str, Any] = self._header()
+        self._entries.pop("__metadata__", None)
+        if any(self._start + entry["data_offsets"][1] > size for entry in self._entries.values()):
+            raise ValueError(f"its tensors do not fit into {size} bytes")
+
+    def stamp(self) -> str:
+        """What the header says, as it is now, about who wrote the file; "" where nobody stamped it."""
+        return str(self._header().get("__metadata__", {}).get("stamp", ""))
+
+    def set_stamp(self, layout: Layout, stamp: str) -> None:
+        self._memory[: self._start] = layout.header(stamp)
+
+    def tensors(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Views of the file by name, in the file's order, or in that of `names`."""
+        return {name: self._tensor(self._entries[name]) for name in (self._entries if names is None else names)}
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether the layout's header and tensors would lie where this file's do."""
+        return self._entries == layout.entries and self._start == len(layout.header(NO_STAMP))
+
+    def _header(self) -> dict[str, Any]:
+        return json.loads(self._memory[LENGTH_BYTES : self._start])
+
+    def _tensor(self, entry: dict[str, Any]) -> Tensor:
+        begin, end = entry["data_offsets"]
+        if begin == end:
+            return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        raw = torch.frombuffer(self._memory, dtype=torch.uint8, offset=self._start + begin, count=end - begin)
+        return raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def describe(path: Path, version: str, stamp: str, tensors: Mapping[str, Tensor]) -> WeightFile:
+    """What an engine is told about a file of these tensors; only their names, dtypes and shapes are looked at."""
     return WeightFile(
         path=path,
-        names=list(ordered),
-        dtype_names=[_dtype_name(tensor) for tensor in ordered.values()],
-        shapes=[list(tensor.shape) for tensor in ordered.values()],
-        checksum=_checksum(ordered),
-        bytes=sum(tensor.nbytes for tensor in ordered.values()),
+        version=version,
+        names=list(tensors),
+        dtype_names=[dtype_name(tensor.dtype) for tensor in tensors.values()],
+        shapes=[list(tensor.shape) for tensor in tensors.values()],
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        stamp=stamp,
     )
 
 
-def _check(file: WeightFile, name: str, dtype_name: str, shape: list[int], expected: Tensor) -> None:
-    if shape != list(expected.shape) or dtype_name != _dtype_name(expected):
+def _layer(name: str) -> tuple[str, ...]:
+    """What a tensor belongs to: everything up to the first number in its name, or itself where it has none."""
+    parts = name.split(".")
+    numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
+    return tuple(parts[: numbers[0] + 1]) if numbers else (name,)
+
+
+def _map(path: Path) -> Mapped:
+    try:
+        return Mapped(path)
+    except (OSError, ValueError) as exc:
+        raise WeightsRefusedError(f"{path} cannot be read: {exc}. Write it again and push.") from exc
+
+
+def _compare(path: Path, found: Mapping[str, tuple[str, list[int]]], expected: Mapping[str, Tensor]) -> None:
+    for name, (dtype, shape) in found.items():
+        served = dtype_name(expected[name].dtype), list(expected[name].shape)
+        if (dtype, shape) != served:
+            raise WeightsRefusedError(
+                f"{path}: {name} is {dtype} {shape}, served is {served[0]} {served[1]}. "
+                "Push weights of the served model."
+            )
+
+
+def _check_values(file: WeightFile, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum(dtype=torch.float32).item()):
+            raise WeightsRefusedError(f"{file.path}: {name} holds NaN or infinity. Roll the trainer back one step.")
+    found = _crc32(tensors.values())
+    if found != file.checksum:
         raise WeightsRefusedError(
-            f"{file.path}: {name} is {dtype_name} {shape}, served is {_dtype_name(expected)} {list(expected.shape)}. "
-            "Push weights of the served model."
+            f"{file.path} has checksum {found}, announced was {file.checksum}: it changed since. Push again."
         )
 
 
-def _checksum(ordered: Mapping[str, Tensor]) -> str:
-    # CRC-32 finds a torn or overwritten file, which is all that can happen between two of our own processes, at
-    # twice the speed of a cryptographic hash; this runs while generation stands still.
+def _crc32(tensors: Iterable[Tensor]) -> str:
+    # CRC-32 rather than the faster CRC-32C because vLLM's environment has no other than zlib's.
     crc = 0
-    for name, tensor in ordered.items():
-        crc = zlib.crc32(f"{name} {_dtype_name(tensor)} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(_raw(tensor), crc)
+    for tensor in tensors:
+        crc = zlib.crc32(raw_bytes(tensor), crc)
     return f"crc32:{crc:08x}"
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _reason(exc: httpx.HTTPError) -> str:
-    if isinstance(exc, httpx.HTTPStatusError):
-        return f"{exc.request.url.path} answered {exc.response.status_code}: {exc.response.text[:300]}"
-    return f"{type(exc).__name__} {exc}".strip()
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -16,7 +16,8 @@ from trainer.serving.batch import Completion, Delta
 from trainer.serving.engine import Engine
 from trainer.serving.errors import BadRequestError, EngineFailedError, QueueFullError
 from trainer.serving.sampling import SamplingParams
-from trainer.serving.weights import served_tensors, write_weights
+from trainer.serving.slots import write_weights
+from trainer.serving.weights import served_tensors
 
 pytestmark = pytest.mark.anyio
 TOLERANCE = 1e-5
@@ -136,7 +137,7 @@ async def test_a_weight_swap_in_flight_splits_the_versions_and_each_part_keeps_i
     engine: Engine, model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     old, new = build_model(0), build_model(1)
-    file = write_weights(served_tensors(new), tmp_path / "w.safetensors")
+    file = write_weights(served_tensors(new), tmp_path / "w.safetensors", "step-1")
     prompt = [3, 1, 4, 1, 5]
     stream = engine.stream(prompt, SamplingParams(max_tokens=60, ignore_eos=True))
     completion = await swapped_at(engine, stream, 20, file)

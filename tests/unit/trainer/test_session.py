@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import anyio.lowlevel
-import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -18,9 +18,10 @@ import torch
 from lightning_bus import POLICY_WEIGHTS, BrokenError, Client, Kind, RunFile, RunSection, StorageError, WeightVersion
 from tests.bus_fixtures import broker
 from tests.reference.rows import make_row, make_rows
+from tests.unit.trainer.engine_stub import EngineStub, client_of
 from tests.unit.trainer.serving_fixtures import build_model, build_tokenizer
 from trainer import session as module
-from trainer.config import PolicySection, TrainSection
+from trainer.config import PolicySection, ServeSection, TrainSection
 from trainer.data.batch import pack_rows
 from trainer.optimize import checkpoint
 from trainer.optimize.losses import cispo
@@ -31,32 +32,13 @@ from trainer.session import Session, trained_record
 
 pytestmark = pytest.mark.anyio
 
-ENGINE = "http://engine"
-
-
-class StubEngine:
-    """Answers the push's calls and remembers them. `on_call` may look at the world, or refuse by its status."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.on_call: Callable[[str], Any] = lambda route: None
-
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
-        route = request.url.path.strip("/")
-        if route != "health":
-            self.calls.append(route)
-        status = self.on_call(route)
-        if hasattr(status, "__await__"):
-            status = await status
-        return httpx.Response(status or 200, json={})
-
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFile:
-    monkeypatch.setattr(module, "shm_directory", lambda: tmp_path / "shm")
+def run(tmp_path: Path) -> RunFile:
     sections = {
         "run": RunSection(name="r", directory=str(tmp_path)),
         "policy": PolicySection(model="unused"),
+        "serve": ServeSection(transfer_directory=str(tmp_path / "shm")),
         "train": TrainSection(tasks="unused", held_out="unused"),
     }
     save_policy(build_model(), build_tokenizer(), tmp_path / "r" / "policy")
@@ -64,12 +46,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFile:
 
 
 @asynccontextmanager
-async def a_life(run: RunFile, engine: StubEngine, address: str) -> AsyncIterator[Session]:
+async def a_life(run: RunFile, engine: EngineStub, address: str) -> AsyncIterator[Session]:
     async with (
         Client(address, role="trainer") as bus,
-        httpx.AsyncClient(transport=httpx.MockTransport(engine)) as http,
+        client_of(engine) as http,
     ):
-        yield Session(run, bus, http, [ENGINE])
+        yield Session(run, bus, http, [engine.url])
 
 
 def learn(session: Session, optimizer: Optimizer) -> None:
@@ -91,12 +73,12 @@ async def known(bus: Client, number: int) -> WeightVersion | None:
 
 
 async def test_a_version_is_on_disk_then_on_the_bus_then_pushed(run: RunFile, tmp_path: Path) -> None:
-    engine = StubEngine()
+    engine = EngineStub()
     seen: list[tuple[str, int, bool]] = []
     async with broker(tmp_path / "log") as address, a_life(run, engine, address) as session:
 
         async def look(route: str) -> None:
-            if route == "pause":
+            if route == "start_weight_update":
                 path = checkpoint.latest(session.checkpoints)
                 seen.append(
                     (
@@ -112,15 +94,17 @@ async def test_a_version_is_on_disk_then_on_the_bus_then_pushed(run: RunFile, tm
         await session.publish()
         told = await known(session.bus, 1)
     assert seen == [("step-00000001", 1, True)]
-    assert engine.calls == ["pause", "start_weight_update", "update_weights", "finish_weight_update", "resume"]
+    assert engine.calls == ["start_weight_update", "update_weights", "pause", "finish_weight_update", "resume"]
     assert told is not None
     assert (told.parent, told.phase, told.step, told.metrics["reward_mean"]) == (0, "rl", 1, 0.5)
     assert [(one.rollout_id, one.attempt) for one in told.trained] == [("r-0", 1), ("r-1", 1)]
-    assert session.progress.line["push_s"] > 0
+    assert told.durable == told.path and told.checksum.startswith("crc32c:") and told.created_ns > 0
+    line = session.progress.line
+    assert line["push_s"] > line["push_copy_s"] > 0 and line["standstill_ms"] > 0 and line["replicas_current"] == 1
 
 
 async def test_publishing_again_pushes_again_and_says_nothing_new(run: RunFile, tmp_path: Path) -> None:
-    engine = StubEngine()
+    engine = EngineStub()
     async with broker(tmp_path / "log") as address, a_life(run, engine, address) as session:
         await session.publish()
         await session.publish()
@@ -132,7 +116,7 @@ async def test_publishing_again_pushes_again_and_says_nothing_new(run: RunFile, 
 async def test_a_trainer_that_dies_between_checkpoint_and_publish_publishes_the_same_bytes(
     run: RunFile, tmp_path: Path
 ) -> None:
-    engine = StubEngine()
+    engine = EngineStub()
     async with broker(tmp_path / "log") as address:
         async with a_life(run, engine, address) as session:
             await session.publish()
@@ -151,7 +135,7 @@ async def test_a_trainer_that_dies_between_checkpoint_and_publish_publishes_the_
 
 
 async def test_a_resumed_run_learns_on_bit_for_bit(run: RunFile, tmp_path: Path) -> None:
-    engine = StubEngine()
+    engine = EngineStub()
     async with broker(tmp_path / "log") as address:
         async with a_life(run, engine, address) as session:
             optimizer = Optimizer(session.model, lr=1e-2)
@@ -167,39 +151,54 @@ async def test_a_resumed_run_learns_on_bit_for_bit(run: RunFile, tmp_path: Path)
     assert all(torch.equal(tensor, unbroken[name]) for name, tensor in named_weights(session.model))
 
 
-async def test_an_engine_that_comes_back_gets_the_version(run: RunFile, tmp_path: Path, monkeypatch: Any) -> None:
-    engine = StubEngine()
-    refusals = iter([503, 500])
-
-    async def no_wait(seconds: float) -> None:
-        await anyio.lowlevel.checkpoint()
-
-    monkeypatch.setattr(module.anyio, "sleep", no_wait)
-    engine.on_call = lambda route: next(refusals, None) if route == "update_weights" else None
-    async with broker(tmp_path / "log") as address, a_life(run, engine, address) as session:
-        await session.publish()
-    assert engine.calls.count("update_weights") == 3
-    assert engine.calls[-1] == "resume"
-
-
 async def test_an_engine_that_stays_away_is_told(run: RunFile, tmp_path: Path, monkeypatch: Any) -> None:
-    engine = StubEngine()
+    engine = EngineStub()
     engine.on_call = lambda route: 500
-    monkeypatch.setattr(module, "ENGINE_LIMIT_S", 0.01)
+    monkeypatch.setattr(module, "ENGINE_LIMIT_S", -59.95)
     async with broker(tmp_path / "log") as address, a_life(run, engine, address) as session:
-        with pytest.raises(BrokenError, match=f"{ENGINE} did not take weight version 0 within 0.01 s: .*answered 500"):
+        with pytest.raises(
+            BrokenError, match=r"no engine took weight version 0 within 0.05 s: http://engine: .*answered 500"
+        ):
             await session.publish()
 
 
+async def test_weights_that_are_not_finite_stop_the_run_before_anybody_hears_of_them(
+    run: RunFile, tmp_path: Path
+) -> None:
+    engine = EngineStub()
+    async with broker(tmp_path / "log") as address, a_life(run, engine, address) as session:
+        with torch.no_grad():
+            next(session.model.parameters())[0] = torch.nan
+        with pytest.raises(BrokenError, match="weight version 0 cannot be served: .* holds NaN or infinity"):
+            await session.publish()
+        assert await known(session.bus, 0) is None
+    assert engine.calls == []
+
+
+async def test_shared_memory_that_is_full_stops_the_run_and_says_where(
+    run: RunFile, tmp_path: Path, monkeypatch: Any
+) -> None:
+    engine = EngineStub()
+
+    def full(descriptor: int, start: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    async with broker(tmp_path / "log") as address, a_life(run, engine, address) as session:
+        with pytest.raises(StorageError, match=r"cannot write .*shm: .*No space left.* Free space there"):
+            await session.publish()
+    assert (engine.calls, engine.label, engine.paused) == ([], "0", False)
+
+
 async def test_a_disk_that_refuses_a_checkpoint_stops_the_run_and_says_where(run: RunFile, tmp_path: Path) -> None:
-    async with broker(tmp_path / "log") as address, a_life(run, StubEngine(), address) as session:
+    async with broker(tmp_path / "log") as address, a_life(run, EngineStub(), address) as session:
         session.checkpoints.write_text("not a directory")
         with pytest.raises(StorageError, match="cannot write .*checkpoints: .*Free space"):
             session.checkpoint(Optimizer(session.model, lr=1e-2))
 
 
 async def test_what_is_exported_loads_and_closing_leaves_no_shared_memory(run: RunFile, tmp_path: Path) -> None:
-    async with broker(tmp_path / "log") as address, a_life(run, StubEngine(), address) as session:
+    async with broker(tmp_path / "log") as address, a_life(run, EngineStub(), address) as session:
         await session.publish()
         assert len(list((tmp_path / "shm").iterdir())) == 1
         exported = dict(named_weights(load_policy(session.export())))
@@ -220,6 +219,6 @@ async def test_runs_of_the_same_name_in_two_places_do_not_share_weight_files(run
     async with broker(tmp_path / "log") as address:
         for place in ("a", "b"):
             section = RunSection(name="r", directory=str(tmp_path / place / "checkout" / "runs"))
-            async with a_life(RunFile(run.path, {**run.sections, "run": section}), StubEngine(), address) as session:
+            async with a_life(RunFile(run.path, {**run.sections, "run": section}), EngineStub(), address) as session:
                 await session.publish()
     assert len(list((tmp_path / "shm").iterdir())) == 2

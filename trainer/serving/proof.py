@@ -1,0 +1,76 @@
+"""Do engines hold what was sent? Proved with the first push, and whenever somebody asks.
+
+    before = await evidence(engine)      # it serves version 7, loaded from disk
+    push version 7 again                 # the same weights, the trainer's way
+    after = await evidence(engine)       # must be the same: names, fusing, casts and packing are right
+
+What holds: evidence is what an engine itself says about its weights, the checksum of each tensor as it holds it, and a
+greedy continuation of a fixed prompt with its log-probs. Where an engine repacks its weights and keeps no tensor to sum
+up (vLLM's linear layers on a CPU), the continuation is the part that tells.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.serving.errors import EngineAnsweredError, WeightUpdateError
+from trainer.serving.remote import RemoteEngine
+
+PROMPT = list(range(1, 17))  # ids that every vocabulary has
+TOKENS = 4
+LOGPROB_TOLERANCE = 0.05  # another batch size picks another kernel, wrong weights are off by whole nats
+TRIES = 3  # before a continuation counts as different: greedy decoding may fall either way at a tie
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What an engine says about its weights; `continuation` is empty where it has no route for token ids."""
+
+    checksums: dict[str, str]
+    continuation: list[tuple[int, float]]
+
+
+async def evidence(engine: RemoteEngine) -> Evidence:
+    """Ask an engine that is not paused. Raises WeightUpdateError when it does not answer."""
+    return Evidence(await engine.checksums(), await _continuation(engine))
+
+
+async def differences(engine: RemoteEngine, before: Evidence) -> list[str]:
+    """Return what the engine now says otherwise than `before`; empty when it holds the same weights."""
+    checksums = await engine.checksums()
+    names = checksums.keys() | before.checksums.keys()
+    found = sorted(name for name in names if checksums.get(name) != before.checksums.get(name))
+    for _ in range(TRIES):
+        continuation = await _continuation(engine)
+        if _same(continuation, before.continuation):
+            return found
+    return [*found, "the continuation of a fixed prompt"]
+
+
+async def compare_replicas(engines: Sequence[RemoteEngine]) -> dict[str, list[str]]:
+    """Return for each engine's URL what it says otherwise than the first; engines with other labels do not compare.
+
+    Raises WeightUpdateError when one does not answer, or when they serve different versions.
+    """
+    labels = {engine.url: await engine.label() for engine in engines}
+    if len(set(labels.values())) > 1:
+        raise WeightUpdateError(f"replicas serve different versions, so they cannot be compared: {labels}. Try again.")
+    first = await evidence(engines[0])
+    return {engine.url: [] if engine is engines[0] else await differences(engine, first) for engine in engines}
+
+
+async def _continuation(engine: RemoteEngine) -> list[tuple[int, float]]:
+    try:
+        return await engine.sample(PROMPT, TOKENS, salt=secrets.token_hex(8))
+    except EngineAnsweredError as exc:
+        if exc.status in (400, 404, 405, 501):
+            return []
+        raise
+
+
+def _same(left: Sequence[tuple[int, float]], right: Sequence[tuple[int, float]]) -> bool:
+    if not left or not right:
+        return True
+    return all(a[0] == b[0] and abs(a[1] - b[1]) <= LOGPROB_TOLERANCE for a, b in zip(left, right, strict=True))

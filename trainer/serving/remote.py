@@ -1,0 +1,146 @@
+"""One engine's control routes, as vLLM and the embedded engine have them, and what each failure means.
+
+What always holds: every call ends within the limit; an answer that is an error raises EngineAnsweredError with the
+engine's own words, no answer at all raises EngineSilentError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import anyio
+import httpx
+
+from lightning_bus import monotonic_s
+from trainer.serving.errors import EngineAnsweredError, EngineSilentError, WeightUpdateError
+
+UNFIT = "unfit"  # label of an engine that a push broke: nobody calls it, its keeper restarts it
+CALL_LIMIT_S = 60.0  # of each call; generous for gigabytes, short enough to notice a dead engine
+LOOK_S = 0.2  # between two looks at an engine that is not ready
+PAUSE_MODES = {"keep": "keep", "drain": "wait", "abort": "abort"}  # ours → vLLM's
+
+PushMode = Literal["keep", "drain", "abort"]
+
+
+class RemoteEngine:
+    """One engine behind a base URL. All methods raise EngineAnsweredError and EngineSilentError."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str, *, limit_s: float = CALL_LIMIT_S) -> None:
+        self.url = url.rstrip("/")
+        self.limit_s = limit_s
+        self._client = client
+
+    # --- what it serves ---
+
+    async def health(self) -> bool:
+        """Whether the engine answers and calls itself healthy."""
+        try:
+            await self._call("GET", "/health")
+        except WeightUpdateError:
+            return False
+        return True
+
+    async def label(self) -> str:
+        """What the engine calls its weights: a version's number, "default", "unfit"."""
+        return str((await self._call("GET", "/weight_info")).json()["weight_version"])
+
+    async def why_not_ready(self) -> str:
+        """ "" when the engine is healthy and serves a published version, else what keeps it from that."""
+        try:
+            await self._call("GET", "/health")
+            label = await self.label()
+        except WeightUpdateError as exc:
+            return str(exc)
+        return "" if label.isdecimal() else f"its weights are called {label!r}, so it is not current yet"
+
+    async def ready(self) -> bool:
+        """Whether the engine is healthy and serves a published version."""
+        return not await self.why_not_ready()
+
+    async def wait_ready(self, limit_s: float) -> None:
+        """Return once the engine is ready. Raises TimeoutError, saying what it was last."""
+        until_s = monotonic_s() + limit_s
+        while reason := await self.why_not_ready():
+            if monotonic_s() >= until_s:
+                raise TimeoutError(f"{self.url} was not ready within {limit_s:g} s: {reason}. See the engine's log.")
+            await anyio.sleep(LOOK_S)
+
+    async def set_label(self, label: str) -> None:
+        await self._call("POST", "/update_weight_version", {"new_version": label})
+
+    async def checksums(self) -> dict[str, str]:
+        """SHA-256 of each tensor that the engine holds, by the engine's own names."""
+        return (await self._call("POST", "/weight_checker", {"action": "checksum"})).json()["checksums"]
+
+    async def world_size(self) -> int:
+        """How many processes hold a part or a copy of the model: tensor × pipeline × data parallel."""
+        return int((await self._call("GET", "/get_world_size?include_dp=true")).json()["world_size"])
+
+    # --- standing still ---
+
+    async def pause(self, mode: PushMode = "keep") -> None:
+        """Return once the engine stands still. Keys and values are kept: the prefix cache is salted by version."""
+        await self._call("POST", f"/pause?mode={PAUSE_MODES[mode]}&clear_cache=false")
+
+    async def resume(self) -> None:
+        await self._call("POST", "/resume")
+
+    async def is_paused(self) -> bool:
+        return bool((await self._call("GET", "/is_paused")).json()["is_paused"])
+
+    # --- new weights ---
+
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        await self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    async def start(self) -> None:
+        await self._call("POST", "/start_weight_update")
+
+    async def update(self, update_info: dict[str, Any]) -> None:
+        await self._call("POST", "/update_weights", {"update_info": update_info})
+
+    async def finish(self, version: str) -> None:
+        await self._call("POST", "/finish_weight_update", {"weight_version": version})
+
+    async def reload(self, directory: str) -> None:
+        """Have vLLM read this directory's safetensors itself: for a replica that nobody calls yet."""
+        await self._call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": directory}})
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        """Serve the LoRA adapter in this directory as model `name`, in place of the one that had the name."""
+        body = {"lora_name": name, "lora_path": directory, "load_inplace": True}
+        await self._call("POST", "/v1/load_lora_adapter", body)
+
+    # --- generation, to prove that weights arrived as they were sent ---
+
+    async def sample(self, token_ids: list[int], tokens: int, salt: str) -> list[tuple[int, float]]:
+        """Ids and log-probs of the greedy continuation of a prompt."""
+        body = {
+            "token_ids": token_ids,
+            "cache_salt": salt,  # what other weights left in the prefix cache must not answer
+            "sampling_params": {"temperature": 0.0, "max_tokens": tokens, "logprobs": 0, "ignore_eos": True},
+        }
+        choice = (await self._call("POST", "/inference/v1/generate", body)).json()["choices"][0]
+        return [(entry["token_id"], entry["logprob"]) for entry in choice["logprobs"]["content"]]
+
+    async def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            response = await self._client.request(
+                method,
+                self.url + route,
+                json=body,
+                timeout=self.limit_s,
+                # vLLM's server closes the connection after an internal error without saying so, and the next call
+                # on it would fail for no reason of its own.
+                headers={"Connection": "close"},
+            )
+        except httpx.HTTPError as exc:
+            raise EngineSilentError(
+                f"{self.url}{route} gave no answer: {type(exc).__name__} {exc}".rstrip()
+                + f" (limit {self.limit_s:g} s)"
+            ) from exc
+        if response.status_code != 200:
+            raise EngineAnsweredError(
+                f"{self.url}{route} answered {response.status_code}: {response.text[:400]}", status=response.status_code
+            )
+        return response
