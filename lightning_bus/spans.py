@@ -10,6 +10,7 @@ that produced them. A reward is a number tied to a rollout, or to one span of it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,19 +50,25 @@ ORIGINAL_REQUEST = "lightning.original_request"  # as the agent sent it; absent 
 ROUTE = "lightning.route"  # of the API that the agent spoke; absent: /v1/chat/completions
 CHOICE = "lightning.choice"  # which of several answers to one request; absent: the first
 RESPONSE_BODY = "lightning.response"  # the response's message as JSON
+PROMPT_SOURCE = "lightning.prompt_source"  # CONTINUED, RENDERED or CHAT; absent: not a chat call
 RETRY_COUNT = "lightning.client_retry_count"  # > 0 when the client's SDK sent the same request again
 FIRST_TOKEN_MS = "lightning.time_to_first_token_ms"
 REWARD = "lightning.reward"
 REWARD_NAME = "lightning.reward.name"
+
+CONTINUED = "continued"  # the ids recorded of the conversation so far, and only what is new rendered
+RENDERED = "rendered"  # all messages rendered: a conversation begins, or forks
+CHAT = "chat"  # by the engine's chat route, which renders by itself and knows no weight versions
 
 MODEL_CALL_NAME = "chat"
 REWARD_SPAN_NAME = "lightning.reward"
 
 _I4 = np.dtype("<i4")
 _F4 = np.dtype("<f4")
+_frombuffer = np.frombuffer
 
 
-class Span(msgspec.Struct, frozen=True, array_like=True):
+class Span(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One thing that happened, from `start_ns` to `end_ns` (wall clock). Fields may be appended, never reordered."""
 
     span_id: bytes  # 8 bytes
@@ -105,7 +112,7 @@ def pack_logprobs(logprobs: Iterable[float]) -> bytes:
         return np.asarray(list(logprobs), dtype="<f4").tobytes()
 
 
-class ModelCall(msgspec.Struct, frozen=True, eq=False):
+class ModelCall(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One call of the policy, as the log has it. P prompt tokens, R response tokens."""
 
     span: Span
@@ -134,20 +141,30 @@ def model_call(span: Span) -> ModelCall:
     """
     attributes = span.attributes
     malformed: list[str] = []
-    prompt_ids_P = _packed(attributes, PROMPT_IDS, _I4, malformed)
-    response_ids_R = _packed(attributes, RESPONSE_IDS, _I4, malformed)
-    logprobs_R = _packed(attributes, LOGPROBS, _F4, malformed)
+    get = attributes.get
+    prompt, response, logprobs = get(PROMPT_IDS, b""), get(RESPONSE_IDS, b""), get(LOGPROBS, b"")
+    # All three at once: this runs for every call of a log, and three calls of a function would be a fifth of it.
+    if (
+        type(prompt) is type(response) is type(logprobs) is bytes
+        and not (len(prompt) | len(response) | len(logprobs)) & 3
+    ):
+        prompt_ids_P, response_ids_R = _frombuffer(prompt, _I4), _frombuffer(response, _I4)
+        logprobs_R = _frombuffer(logprobs, _F4)
+    else:
+        prompt_ids_P = _packed(prompt, PROMPT_IDS, _I4, malformed)
+        response_ids_R = _packed(response, RESPONSE_IDS, _I4, malformed)
+        logprobs_R = _packed(logprobs, LOGPROBS, _F4, malformed)
     weight_versions: list[tuple[str, int, int]] = []
     temperature = 1.0
     try:
-        weight_versions = [(str(v), int(a), int(b)) for v, a, b in attributes.get(WEIGHT_VERSIONS, ())]
+        weight_versions = [(str(v), int(a), int(b)) for v, a, b in get(WEIGHT_VERSIONS, ())]
     except (TypeError, ValueError):
         malformed.append(WEIGHT_VERSIONS)
     try:
-        temperature = float(attributes.get(TEMPERATURE, 1.0))
+        temperature = float(get(TEMPERATURE, 1.0))
     except (TypeError, ValueError):
         malformed.append(TEMPERATURE)
-    untrainable = str(attributes.get(UNTRAINABLE, ""))
+    untrainable = str(get(UNTRAINABLE, ""))
     if not untrainable:
         if malformed:
             untrainable = f"malformed: {', '.join(malformed)}"
@@ -163,14 +180,17 @@ def model_call(span: Span) -> ModelCall:
 
 
 def reward_of(span: Span) -> float | None:
-    """Return the reward that a span carries, or None."""
+    """Return the reward that a span carries, or None. What is no finite number is none."""
     value = span.attributes.get(REWARD)
-    return None if value is None else float(value)
+    if value is None:  # almost always, and the check below takes five times as long
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
-def _packed(attributes: dict[str, Any], name: str, dtype: np.dtype[Any], malformed: list[str]) -> NDArray[Any]:
+def _packed(value: object, name: str, dtype: np.dtype[Any], malformed: list[str]) -> NDArray[Any]:
     """Return a packed attribute as an array; an empty one, and its name noted, when it is not packed 4-byte values."""
-    value = attributes.get(name, b"")
     if not isinstance(value, bytes) or len(value) % 4:
         malformed.append(name)
         value = b""

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import count
-from typing import Protocol, cast
+from typing import Protocol
 
 import anyio
 import msgspec
@@ -37,7 +37,9 @@ from lightning_bus.errors import (
 from lightning_bus.gateway import recording, refusals
 from lightning_bus.gateway.anthropic_messages import MESSAGES, Messages, models_page
 from lightning_bus.gateway.attempts import Attempts
+from lightning_bus.gateway.calls import Calls
 from lightning_bus.gateway.dialects import CHAT, BadRequest, Chat, Completions, Dialect, Json, array
+from lightning_bus.gateway.engines import MODELS, object_of
 from lightning_bus.gateway.metrics import Meters
 from lightning_bus.gateway.openai_responses import Responses
 from lightning_bus.gateway.recording import Call
@@ -52,20 +54,19 @@ from lightning_bus.gateway.refusals import (
     unavailable,
 )
 from lightning_bus.gateway.requests import agent_name_of, body_of, claims_of, number, parent_of, user_agent_of
-from lightning_bus.gateway.streaming import WENT_AWAY, Relay, cancel_when_gone, span_id
-from lightning_bus.gateway.upstream import Answer, Upstreams, learn_version
+from lightning_bus.gateway.streaming import WENT_AWAY, Relay, cancel_when_gone
+from lightning_bus.gateway.token_route import TokenRoute
+from lightning_bus.gateway.upstream import Upstreams
 from lightning_bus.otel.ingest import Ingest
 from lightning_bus.spans import Span
 from lightning_bus.tokens import Claims
 
-MODELS = "/v1/models"
 TOKENIZE = "/tokenize"
 DIALECTS: tuple[Dialect, ...] = (Chat(), Completions(), Messages(), Responses())
 BUS_PROBE_LIMIT_S = 2.0
 
 _log = logging.getLogger("lightning_bus.gateway")
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
 
 
 class Bus(Protocol):
@@ -101,6 +102,8 @@ class Gateway:
         self._warned: set[str] = set()
         self._attempts = Attempts(section.calls_per_attempt_max)
         self.meters = Meters()
+        self._tokens = TokenRoute(self.upstreams, self.meters)
+        self._calls = Calls(self.upstreams, self._tokens, self.meters, self.record)
         self.traces = Ingest(
             partial(self._append, traces or bus), secret=secret, body_bytes_max=section.body_bytes_max, open_=self._open,
             limit_s=section.admission_wait_s,
@@ -156,7 +159,7 @@ class Gateway:
             retry_count=number(request.headers.get("x-stainless-retry-count")),
             route=dialect.route,
             original_json=b"" if in_its_words else raw,
-            agent_name=agent_name_of(request),
+            agent_name=claims.name or agent_name_of(request),
             user_agent=user_agent_of(request),
         )
         ended = self._begin(claims)
@@ -175,29 +178,29 @@ class Gateway:
         asked, _ = await self._body(request)
         sent = recording.prepare(_said(Messages(), {**asked, "stream": False}), claims)
         about = {name: sent[name] for name in ("model", "messages", "tools", "chat_template_kwargs") if name in sent}
+        ask = partial(self.upstreams.call, claims.rollout_id, "POST", model=str(sent.get("model") or ""))
         try:
-            answer = await self.upstreams.call(claims.rollout_id, "POST", TOKENIZE, _encode(about))
+            answer = await ask(TOKENIZE, _encode(about))
             if answer.status in (404, 405):  # an engine without that route counts a prompt when it answers it
                 sent["max_tokens"] = sent["max_completion_tokens"] = 1
-                answer = await self.upstreams.call(claims.rollout_id, "POST", CHAT, _encode(sent))
+                answer = await ask(CHAT, _encode(sent))
         except (BusyError, BrokenError) as exc:
             return in_shape_of(request.url.path, unanswered(exc))
         if answer.status != 200:
             return in_shape_of(request.url.path, by_engine(answer.status, answer.body))
-        counted = _object(answer.body) or {}
+        counted = object_of(answer.body) or {}
         tokens = counted.get("count", len(array(counted.get("prompt_token_ids"))))
         return Response(_encode({"input_tokens": tokens}), media_type="application/json")
 
     async def models(self, request: Request) -> Response:
-        """Pass the engine's list of models on."""
-        claims = self._claims(request)
+        """Name the models of all engines."""
+        self._claims(request)
         try:
-            answer = await self.upstreams.call(claims.rollout_id, "GET", MODELS)
+            models = await self.upstreams.models()
         except (BusyError, BrokenError) as exc:
             return unanswered(exc)
-        if "anthropic-version" in request.headers and (models := _object(answer.body)) and answer.status == 200:
-            return Response(_encode(models_page(models)), media_type="application/json")
-        return Response(answer.body, answer.status, media_type=answer.content_type)
+        body = models_page(models) if "anthropic-version" in request.headers else models
+        return Response(_encode(body), media_type="application/json")
 
     async def health(self, request: Request) -> Response:
         """200 when the bus and at least one engine can be reached; the body says what cannot."""
@@ -211,8 +214,12 @@ class Gateway:
             bus = str(exc)
         upstreams = await self.upstreams.probe()
         healthy = bus == "ok" and "ok" in upstreams.values()
-        body = _encode({"status": "ok" if healthy else "unavailable", "bus": bus, "upstreams": upstreams})
-        return Response(body, 200 if healthy else 503, media_type="application/json")
+        body = {
+            "status": "ok" if healthy else "unavailable", "bus": bus, "upstreams": upstreams,
+            "versions": {engine.name: engine.version for engine in self.upstreams.engines},
+            "models": {engine.name: sorted(engine.models) for engine in self.upstreams.engines},
+        }  # fmt: skip
+        return Response(_encode(body), 200 if healthy else 503, media_type="application/json")
 
     async def metrics(self, request: Request) -> Response:
         """What this gateway has counted, for Prometheus."""
@@ -225,72 +232,21 @@ class Gateway:
         self, call: Call, dialect: Dialect, asked: Json, request: Request, ended: Callable[[], None]
     ) -> Response:
         if call.request["stream"]:
-            return await self._stream(call, dialect, asked, ended)
+            return await self._calls.stream(call, dialect, asked, ended)
         response: Response | None = None
 
         async def ask() -> None:
             nonlocal response
-            response = await self._whole(call, dialect, asked)
+            response = await self._calls.whole(call, dialect, asked)
             tasks.cancel_scope.cancel()
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(cancel_when_gone, request.receive, tasks.cancel_scope)
             tasks.start_soon(ask)
         if response is None:  # the agent hung up; the engine was told by the closed connection
-            await self._record_failure(call, WENT_AWAY)
+            await self._calls.record_failure(call, WENT_AWAY)
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         return response
-
-    async def _whole(self, call: Call, dialect: Dialect, asked: Json) -> Response:
-        """Ask for the answer in one piece, record it, return it."""
-        try:
-            answer = await self._ask(call, dialect)
-        except (BusyError, BrokenError) as exc:
-            return await self._record_failure(call, str(exc)) or unanswered(exc)
-        end_ns = wall_ns()
-        if answer.status != 200:
-            return await self._engine_refused(answer, call)
-        body = _object(answer.body)
-        if body is None:
-            why = f"{answer.engine.name} answered 200 with what is not a JSON object: {answer.body[:200]!r}"
-            return await self._record_failure(call, why) or error(502, why, "server_error")
-        spans = recording.answered_spans(call, dialect.as_chat(body), end_ns, span_id)
-        learn_version(answer, spans)
-        refusal = await self.record(spans, call)
-        if refusal is not None:
-            return refusal
-        try:
-            told = dialect.answer(body, asked, spans[0].span_id.hex())
-        except (LookupError, TypeError, ValueError, AttributeError):
-            why = f"{answer.engine.name} answered 200 with what is no completion: {answer.body[:200]!r}"
-            return error(502, why, "server_error")
-        return Response(_encode(told), media_type="application/json")
-
-    async def _stream(self, call: Call, dialect: Dialect, asked: Json, ended: Callable[[], None]) -> Response:
-        """Ask for a stream; once the engine has begun to answer, the rest is `Relay`'s."""
-        try:
-            answer = await self._ask(call, dialect, stream=True)
-        except (BusyError, BrokenError) as exc:
-            return await self._record_failure(call, str(exc)) or unanswered(exc)
-        if answer.status != 200:
-            return await self._engine_refused(answer, call)
-        return Relay(self.record, answer, call, dialect, asked, span_id().hex(), ended)
-
-    async def _ask(self, call: Call, dialect: Dialect, *, stream: bool = False) -> Answer:
-        salted = not call.request.get("cache_salt")
-        answer = await self.upstreams.call(
-            call.rollout_id, "POST", dialect.target, call.request_json, stream=stream, salted=salted
-        )
-        if answer.asked > 1:
-            self.meters.asked_again.inc(answer.asked - 1)
-        return answer
-
-    async def _engine_refused(self, answer: Answer, call: Call) -> Response:
-        why = f"engine answered {answer.status}: {answer.body[:500].decode(errors='replace')}"
-        return await self._record_failure(call, why) or by_engine(answer.status, answer.body)
-
-    async def _record_failure(self, call: Call, why: str) -> Response | None:
-        return await self.record([recording.failed_span(call, why, wall_ns(), span_id())], call)
 
     async def record(self, spans: list[Span], call: Call) -> Response | None:
         """Make the spans durable. Returns None, or the refusal that the agent gets instead of its answer."""
@@ -304,6 +260,7 @@ class Gateway:
         except FencedError as exc:
             message = f"The attempt is over: {exc} Nothing that this agent still does counts; stop it."
             self._attempts.is_over(call.rollout_id, call.attempt, message)
+            self._tokens.prompts.is_over(call.rollout_id, call.attempt)
             outcome, refusal = (
                 "fenced",
                 error(409, message, "invalid_request_error", code="attempt_over", headers={"x-should-retry": "false"}),
@@ -374,15 +331,6 @@ def _said(dialect: Dialect, asked: Json) -> Json:
         return dialect.to_engine(asked)
     except BadRequest as exc:
         raise invalid(400, str(exc)) from exc
-
-
-def _object(raw: bytes) -> Json | None:
-    """Return a JSON object, or None for what is none."""
-    try:
-        value = _decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    return cast(Json, value) if isinstance(value, dict) else None
 
 
 def _is_loopback(address: str) -> bool:

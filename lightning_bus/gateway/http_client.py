@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import httptools
@@ -21,10 +22,19 @@ class Gone(Exception):
     """The engine could not be reached, or broke off, or does not speak HTTP."""
 
 
+class Witness(Protocol):
+    """Who is told that connections come and go."""
+
+    def connected(self) -> None: ...
+
+    def disconnected(self, *, announced: bool) -> None: ...
+
+
 class Connection(asyncio.Protocol):
     """One connection. `request`, then `read` until it returns b"", then `request` again while `reusable`."""
 
-    def __init__(self) -> None:
+    def __init__(self, witness: Witness) -> None:
+        self._witness = witness
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self._transport: asyncio.Transport | None = None
@@ -109,6 +119,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # pyright: ignore[reportAttributeAccessIssue]  # uvloop's is no asyncio.Transport
+        self._witness.connected()
 
     def data_received(self, data: bytes) -> None:
         if self._complete:
@@ -126,6 +137,7 @@ class Connection(asyncio.Protocol):
         if self._until_close and self._has_head and exc is None:
             self._complete = True  # an answer without a length ends with its connection
         self._why = self._why or (str(exc) if exc else "closed the connection")
+        self._witness.disconnected(announced=not self._keeps)
         self._wake()
 
     def _fail(self, why: str) -> None:
@@ -168,12 +180,14 @@ class Address:
         self._ssl = ssl.create_default_context() if parsed.scheme == "https" else None
         self._fixed = f"host: {parsed.netloc.rpartition('@')[2]}\r\ncontent-type: application/json\r\n".encode()
 
-    async def connect(self, limit_s: float) -> Connection:
+    async def connect(self, limit_s: float, witness: Witness) -> Connection:
         """Return a new connection. Raises Gone when none comes about within the limit."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(limit_s):
-                _, connection = await loop.create_connection(Connection, self.host, self.port, ssl=self._ssl)
+                _, connection = await loop.create_connection(
+                    lambda: Connection(witness), self.host, self.port, ssl=self._ssl
+                )
         except TimeoutError as exc:
             raise Gone(f"did not accept a connection within {limit_s:g} s") from exc
         except OSError as exc:

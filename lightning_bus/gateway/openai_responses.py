@@ -39,7 +39,7 @@ _NEEDS_STATE = {
     "prompt": "Send instructions and input.",
     "background": "Ask without it, or with stream.",
 }
-_LOGPROBS = "message.output_text.logprobs"
+TEXT_LOGPROBS = "message.output_text.logprobs"
 
 
 class Responses:
@@ -272,7 +272,7 @@ def _tool_choice(choice: object) -> str | Json:
 
 
 def _wants_logprobs(asked: Json) -> bool:
-    return _LOGPROBS in array(asked.get("include")) or bool(asked.get("top_logprobs"))
+    return TEXT_LOGPROBS in array(asked.get("include")) or bool(asked.get("top_logprobs"))
 
 
 # -- answers

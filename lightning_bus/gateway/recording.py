@@ -37,6 +37,7 @@ class Call:
     original_json: bytes = b""  # as the agent sent it, where the engine is asked otherwise
     agent_name: str = ""
     user_agent: str = ""
+    prompt_source: str = ""  # how its prompt came to be ids; empty: not a chat call
 
 
 def prepare(request: Json, claims: Claims, *, target: str = CHAT) -> Json:
@@ -241,6 +242,8 @@ def _asked(call: Call) -> Json:
         attributes[s.AGENT_NAME] = call.agent_name
     if call.user_agent:
         attributes[s.USER_AGENT] = call.user_agent
+    if call.prompt_source:
+        attributes[s.PROMPT_SOURCE] = call.prompt_source
     if call.retry_count:
         attributes[s.RETRY_COUNT] = call.retry_count
     return attributes

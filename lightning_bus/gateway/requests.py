@@ -36,7 +36,10 @@ def claims_of(request: Request, secret: bytes, *, open_: bool) -> tokens.Claims:
     except tokens.BadToken as exc:
         if not rollout_id and open_:
             return tokens.Claims("", 0)
-        raise unauthorized(f"{exc}. Use the api_key that the worker gave to this attempt.") from exc
+        way_out = "Use the api_key that the worker gave to this attempt."
+        if not rollout_id:
+            way_out = "A key of this run is made with: lightning-bus keys api NAME"
+        raise unauthorized(f"{exc}. {way_out}") from exc
     if rollout_id and (claims.rollout_id, claims.attempt) != (rollout_id, attempt):
         raise unauthorized(
             f"The API key is for rollout {claims.rollout_id} attempt {claims.attempt}, the address for rollout "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import cast
+from typing import Protocol, cast
 
 import anyio
 import msgspec
@@ -19,9 +19,11 @@ from lightning_bus.clock import wall_ns
 from lightning_bus.errors import BrokenError
 from lightning_bus.gateway import recording
 from lightning_bus.gateway.dialects import Dialect, Json, dictionary, dicts, reasoning_of
+from lightning_bus.gateway.engines import Answer, Engine
 from lightning_bus.gateway.recording import Call, StreamRecord
 from lightning_bus.gateway.refusals import error_body
-from lightning_bus.gateway.upstream import Answer, learn_version
+from lightning_bus.gateway.rendering import ABORTED
+from lightning_bus.gateway.upstream import learn_version
 from lightning_bus.spans import Span
 
 Record = Callable[[list[Span], Call], Awaitable[Response | None]]  # Gateway.record
@@ -29,19 +31,42 @@ Record = Callable[[list[Span], Call], Awaitable[Response | None]]  # Gateway.rec
 _decode = msgspec.json.Decoder().decode
 
 
+class Source(Protocol):
+    """Where the chunks of an answer come from."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def chunks(self) -> AsyncIterator[list[Json]]: ...
+
+    def close(self) -> None: ...
+
+
+class ChatStream:
+    """The chunks of the chat route, as they are."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.engine = answer.engine
+        self.close = answer.close
+        self.chunks = answer.events
+
+
 class Relay(Response):
     """A stream on its way through: chunk by chunk, except that the end waits until the span is durable.
 
+    whole  is called with an answer that is complete and durable, before the agent sees its end
     ended  is called when nothing more will happen
     """
 
     def __init__(
-        self, record: Record, answer: Answer, call: Call, dialect: Dialect, asked: Json, ident: str,
-        ended: Callable[[], None],
+        self, record: Record, source: Source, call: Call, dialect: Dialect, asked: Json, ident: str,
+        *, whole: Callable[[Json], None], ended: Callable[[], None],
     ) -> None:  # fmt: skip
         super().__init__()
         self._make_durable = record
-        self._answer = answer
+        self._source = source
+        self._whole = whole
         self._call = call
         self._dialect = dialect
         self._out = dialect.stream(asked, ident)
@@ -69,19 +94,20 @@ class Relay(Response):
                 tasks.start_soon(cancel_when_gone, receive, tasks.cancel_scope)
                 tasks.start_soon(relay)
         finally:
-            self._answer.close()  # if the agent hung up, this is what tells the engine to stop
+            self._source.close()  # if the agent hung up, this is what tells the engine to stop
         held, broke = end or ([], WENT_AWAY)
         answer = self._record.response()
         spans = recording.answered_spans(
             self._call, answer, wall_ns(), span_id, first_token_ns=self._first_token_ns, interrupted=broke
         )
-        learn_version(self._answer, spans)
+        learn_version(self._source.engine, spans)
         refusal = await self._make_durable(spans, self._call)
         if end is None:
             return
         if refusal is not None:
             held = [self._out.failed(dictionary(_decode(refusal.body).get("error")))]
         elif not broke:
+            self._whole(answer)
             held.append(self._out.end(answer))
         await send({"type": "http.response.body", "body": b"".join(held)})
 
@@ -89,13 +115,15 @@ class Relay(Response):
         """Relay what may leave at once. Returns the events held back, and why the stream is not whole if it is not."""
         held: list[bytes] = []
         ready: list[bytes] = []  # of what came together, so that it leaves together
-        why = f"{self._answer.engine.name} ended its stream before the answer was finished"
+        why = f"{self._source.engine.name} ended its stream before the answer was finished"
         try:
-            async for chunks in _events(self._answer):
+            async for chunks in self._source.chunks():
                 for chunk in chunks:
                     if "error" in chunk:
                         error = chunk["error"]
                         return [*ready, *held, self._out.failed(_error(error))], f"the engine broke off: {error}"
+                    if any(choice.get("finish_reason") == ABORTED for choice in dicts(chunk.get("choices"))):
+                        raise BrokenError(f"{self._source.engine.name} was paused in the middle of its answer")
                     (held if self._take(chunk) else ready).append(self._out.push(chunk))
                 data = b"".join(ready)
                 ready.clear()
@@ -104,7 +132,7 @@ class Relay(Response):
         except BrokenError as exc:
             why = str(exc)
         except (TypeError, ValueError, KeyError, AttributeError) as exc:
-            why = f"{self._answer.engine.name} streamed what makes no sense ({type(exc).__name__}: {exc})"
+            why = f"{self._source.engine.name} streamed what makes no sense ({type(exc).__name__}: {exc})"
         else:
             if self._record.finished:
                 return held, ""
@@ -133,37 +161,6 @@ def _error(error: object) -> Json:
 
 WENT_AWAY = "client went away"
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-
-
-async def _events(answer: Answer) -> AsyncIterator[list[Json]]:
-    """The JSON objects of a server-sent stream up to [DONE], as many at a time as came together.
-
-    Raises BrokenError when one cannot be read.
-    """
-    rest = b""
-    while part := await answer.chunk():
-        *lines, rest = (rest + part).split(b"\n")
-        chunks: list[Json] = []
-        done = False
-        for line in lines:
-            name, _, data = line.strip().partition(b":")
-            if name != b"data":
-                continue
-            if data.strip() == b"[DONE]":
-                done = True
-                break
-            try:
-                chunk = _decode(data)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-                yield chunks
-                raise BrokenError(f"{answer.engine.name} streamed what is not JSON: {data[:200]!r}") from exc
-            if isinstance(chunk, dict):
-                chunks.append(cast(Json, chunk))
-        if chunks:
-            yield chunks
-        if done:
-            await answer.drain()
-            return
 
 
 async def cancel_when_gone(receive: Receive, scope: anyio.CancelScope) -> None:

@@ -331,11 +331,9 @@ def test_an_engine_that_stays_away_is_told_503_with_the_way_out() -> None:
 
 
 def test_an_engine_that_is_too_slow_is_told_504() -> None:
-    listener = free_listener()  # accepts, and never answers
-    section = GatewaySection(upstreams=[f"http://127.0.0.1:{listener.getsockname()[1]}"], request_limit_s=0.1)
-    with serving(build_app(Bus(), section=section, secret=SECRET)) as url:
-        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION})
-    listener.close()
+    with open_world(request_limit_s=0.1) as world:
+        world.engine.keeps_silent = True
+        answer = httpx.post(f"{world.url}/v1/chat/completions", json={"messages": QUESTION})
     assert answer.status_code == 504
     assert "request_limit_s" in answer.json()["error"]["message"]
 
