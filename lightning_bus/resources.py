@@ -14,6 +14,7 @@ import msgspec
 T = TypeVar("T")
 
 POLICY_WEIGHTS = "weights/policy"  # the resource whose versions the engine serves and the trainer publishes
+POLICY_PINS = "pins/policy"  # which of them are kept; each version is the whole list
 
 
 class Resource(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +50,12 @@ class WeightVersion(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = {}
     durable: str = ""  # where this version stays readable: a checkpoint's file, or a model directory
     created_ns: int = 0
+
+
+class Pins(msgspec.Struct, frozen=True):
+    """The weight versions whose files stay, however old they get."""
+
+    versions: list[int] = []
 
 
 def encode(value: msgspec.Struct) -> bytes:

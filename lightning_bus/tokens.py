@@ -1,4 +1,4 @@
-"""The API key an agent is given: unforgeable, and good for one attempt only.
+"""The API key of whoever calls the model: unforgeable. An agent's is good for one attempt only.
 
     base64url(MessagePack claims) "." base64url(HMAC-SHA256)
 
@@ -6,6 +6,9 @@ The broker mints it when it leases an attempt, the gateway checks it; both hold 
 worker do not. It carries what the gateway must know about the rollout, so that a model call costs no look-up. The time
 it carries is the wall clock's, because two machines have no other in common: it ends tokens after hours or days, while
 a late attempt is found by its number.
+
+A key that belongs to no rollout has an empty rollout_id and the name of whom it was given to. Nobody keeps a list of
+them: one ends with its time, and all end with the run's secret.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class Claims(msgspec.Struct, frozen=True, array_like=True):
     model: str = ""  # the model to call, whatever the agent names; empty: as the agent asks
     overrides: dict[str, Any] = {}  # request fields to set, whatever the agent asks
     expires_wall_s: float = 0.0  # Unix time from which the token is worth nothing; 0: never
+    name: str = ""  # of whom a key that belongs to no rollout was given to; what is recorded of its calls bears it
 
 
 class BadToken(ValueError):
@@ -58,9 +62,8 @@ def check(secret: bytes, token: str, wall_s: float = 0.0) -> Claims:
     except msgspec.DecodeError as exc:
         raise BadToken("the token's claims cannot be read") from exc
     if 0 < claims.expires_wall_s <= wall_s:
-        raise BadToken(
-            f"the token of rollout {claims.rollout_id} attempt {claims.attempt} expired {wall_s - claims.expires_wall_s:.0f} s ago"
-        )
+        whose = f"rollout {claims.rollout_id} attempt {claims.attempt}" if claims.rollout_id else claims.name
+        raise BadToken(f"the token of {whose} expired {wall_s - claims.expires_wall_s:.0f} s ago")
     return claims
 
 

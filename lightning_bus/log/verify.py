@@ -184,11 +184,15 @@ class Evidence:
             if life.ends != 1:
                 stands = life.status.value if life.status else "unknown"
                 self.once.offend(f"{rollout_id} ended {life.ends} times; it is {stands} at attempt {life.attempt}")
+        going_on = self._ancestors_of_newest()
         for version, (offset, weights) in sorted(self._versions.items()):
             if not weights.trained:
                 continue
             self.served.looked_at += 1
-            if self._used_at.get(str(version), -1) <= offset:
+            used = self._used_at.get(str(version), -1) > offset
+            if not used and version not in going_on:
+                self.served.note = f"version {version} was rolled back before it was used"
+            elif not used:
                 self.served.offend(
                     f"version {version} ({weights.phase} step {weights.step}): no call after record {offset} used it"
                 )
@@ -217,6 +221,15 @@ class Evidence:
                 )
                 check.note = f"{check.note}; {dropped}" if check.note else dropped
         return checks
+
+    def _ancestors_of_newest(self) -> set[int]:
+        """The newest version and those that it came from: what a rollback gave up may never have been called."""
+        found: set[int] = set()
+        version = max(self._versions, default=None)
+        while version in self._versions and version not in found:
+            found.add(version)
+            version = self._versions[version][1].parent
+        return found
 
     def _take_event(self, record: Record) -> None:
         event = decode_event(record)

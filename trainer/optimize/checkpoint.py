@@ -8,15 +8,17 @@
 
 One file, so that a checkpoint appears, and replaces an older one of the same step, in a single rename: it is
 written under a hidden name, fsynced, renamed, then its directory fsynced. What was checked when writing is
-checked again when reading: a file that the disk has damaged is refused (`load`) or passed over (`latest`).
-Nothing is pickled, so loading runs nobody's code.
+checked again when reading: a file that the disk has damaged is refused (`load`, `read`) or passed over (`latest`).
+Nothing is pickled, so loading runs nobody's code. A directory has one writer, which `writing` sees to.
 """
 
+import fcntl
 import os
 import random
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,18 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A whole checkpoint as it lies on the disk: `weights` and `moments` are mapped, not copied."""
+
+    extra: dict[str, Any]
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]  # the optimiser's
+    updates: int
+    skipped: int
+    generators: dict[str, Any]
+
+
 class _State(msgspec.Struct, frozen=True):
     format: int
     step: int
@@ -53,51 +67,70 @@ class _State(msgspec.Struct, frozen=True):
     extra: dict[str, Any]
 
 
-def save(
-    directory: Path,
-    step: int,
-    model: torch.nn.Module,
-    optimizer: Optimizer,
-    extra: Mapping[str, Any],
-    *,
-    keep: int = 3,
-) -> Path:
-    """Write checkpoint `step` durably, drop all but the newest `keep`, and return its path.
+def save(directory: Path, step: int, model: torch.nn.Module, optimizer: Optimizer, extra: Mapping[str, Any]) -> Path:
+    """Write checkpoint `step` durably and return its path. Older ones stay; see `drop_old`.
 
     extra  anything msgpack can say: stream cursor, groups that wait for their last rollout, counters
 
     Raises TypeError for an extra that msgpack cannot say and OSError when the disk does not take it; both leave
     earlier checkpoints as they were.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".step-*"):  # of a writer that died; a directory has one writer
-        leftover.unlink()
-    final = directory / f"step-{step:08d}.safetensors"
-    partial = directory / f".{final.name}.partial"
     tensors = {f"model/{name}": tensor.cpu() for name, tensor in named_weights(model)}
     tensors |= {f"optimizer/{name}": tensor.detach().cpu() for name, tensor in optimizer.tensors().items()}
-    state = msgspec.msgpack.encode(
-        _State(
-            format=FORMAT,
-            step=step,
-            updates=optimizer.updates,
-            skipped=optimizer.skipped,
-            generators=_generators(),
-            tensors_crc=_crc(tensors),
-            extra=dict(extra),
-        )
+    state = _State(
+        format=FORMAT,
+        step=step,
+        updates=optimizer.updates,
+        skipped=optimizer.skipped,
+        generators=_generators(),
+        tensors_crc=_crc(tensors),
+        extra=dict(extra),
     )
-    tensors["state"] = _byte_tensor(zlib.crc32(state).to_bytes(4, "little") + state)
-    try:
-        save_file(tensors, partial)
-    except SafetensorError as exc:
-        raise OSError(f"checkpoint {partial} could not be written: {exc}. Free space or name another place") from exc
-    sync(partial)
-    os.replace(partial, final)
-    sync(directory)
+    return _write(directory, state, tensors)
+
+
+def save_again(directory: Path, step: int, stored: Stored, extra: Mapping[str, Any]) -> Path:
+    """Write what an older checkpoint holds as checkpoint `step`, with another `extra`. Returns and raises as `save`."""
+    tensors = {f"model/{name}": tensor for name, tensor in stored.weights.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in stored.moments.items()}
+    state = _State(
+        format=FORMAT,
+        step=step,
+        updates=stored.updates,
+        skipped=stored.skipped,
+        generators=stored.generators,
+        tensors_crc=_crc(tensors),
+        extra=dict(extra),
+    )
+    return _write(directory, state, tensors)
+
+
+def drop_old(directory: Path, keep: int, spared: Collection[Path] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints and those in `spared`."""
+    safe = {path.resolve() for path in spared}
     for old in _files(directory)[:-keep]:
-        old.unlink()
-    return final
+        if old.resolve() not in safe:
+            old.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(directory: Path) -> Generator[None]:
+    """Be the directory's one writer while the context lasts. Raises BlockingIOError while another process is.
+
+    The lock goes with the process, however it ends: a killed trainer's successor is let in at once.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory / ".writer", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where checkpoint `step` lies, or would."""
+    return directory / f"step-{step:08d}.safetensors"
 
 
 def latest(directory: Path) -> Path | None:
@@ -118,9 +151,7 @@ def load(path: Path, model: torch.nn.Module, optimizer: Optimizer) -> Checkpoint
     for one that cannot be read.
     """
     state, tensors = _read(path)
-    weights = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
-    prefix = "optimizer/"
-    moments = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    weights, moments = _under(tensors, "model/"), _under(tensors, "optimizer/")
     _check_same_model(path, weights, dict(named_weights(model)))
     optimizer.load_tensors(moments)
     live = model.state_dict(keep_vars=True)
@@ -130,6 +161,49 @@ def load(path: Path, model: torch.nn.Module, optimizer: Optimizer) -> Checkpoint
     optimizer.updates, optimizer.skipped = state.updates, state.skipped
     _restore_generators(state.generators)
     return Checkpoint(step=state.step, extra=state.extra)
+
+
+def read(path: Path) -> Stored:
+    """Return what a checkpoint holds, without a model. Raises ValueError when it is damaged, OSError when not there."""
+    state, tensors = _read(path)
+    return Stored(
+        extra=state.extra,
+        weights=_under(tensors, "model/"),
+        moments=_under(tensors, "optimizer/"),
+        updates=state.updates,
+        skipped=state.skipped,
+        generators=state.generators,
+    )
+
+
+def of_model(model: torch.nn.Module, extra: Mapping[str, Any]) -> Stored:
+    """Return what a checkpoint of a model that was never trained would hold."""
+    return Stored(
+        extra=dict(extra),
+        weights=dict(named_weights(model)),
+        moments={},
+        updates=0,
+        skipped=0,
+        generators=_generators(),
+    )
+
+
+def _write(directory: Path, state: _State, tensors: dict[str, Tensor]) -> Path:
+    encoded = msgspec.msgpack.encode(state)
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".step-*"):  # of a writer that died
+        leftover.unlink()
+    final = path_of(directory, state.step)
+    partial = directory / f".{final.name}.partial"
+    state_tensor = _byte_tensor(zlib.crc32(encoded).to_bytes(4, "little") + encoded)
+    try:
+        save_file({**tensors, "state": state_tensor}, partial)
+    except SafetensorError as exc:
+        raise OSError(f"checkpoint {partial} could not be written: {exc}. Free space or name another place") from exc
+    sync(partial)
+    os.replace(partial, final)
+    sync(directory)
+    return final
 
 
 def _read(path: Path) -> tuple[_State, dict[str, Tensor]]:
@@ -150,6 +224,10 @@ def _read(path: Path) -> tuple[_State, dict[str, Tensor]]:
     if _crc(tensors) != state.tensors_crc:
         raise ValueError(f"{path} is damaged: its {len(tensors)} tensors have another checksum. Use an older one")
     return state, tensors
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_same_model(path: Path, stored: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

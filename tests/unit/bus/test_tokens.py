@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bus.tokens import BadToken, Claims, check, mint
+from lightning_bus.tokens import BadToken, Claims, _mac, _text, check, mint  # pyright: ignore[reportPrivateUsage]
 
 SECRET = b"s" * 32
 CLAIMS = Claims("r-1", 2, "policy", {"temperature": 0.5, "stop": ["x"]})
@@ -41,6 +42,20 @@ def test_a_token_is_good_until_it_ends_and_not_from_then_on() -> None:
         check(SECRET, token, 107.0)
     with pytest.raises(BadToken, match="expired"):
         check(SECRET, token, 100.0)
+
+
+def test_a_key_of_no_rollout_bears_a_name_and_ends_with_its_time() -> None:
+    claims = Claims("", 0, expires_wall_s=100.0, name="alice")
+    key = mint(SECRET, claims)
+    assert check(SECRET, key, 99.0) == claims
+    with pytest.raises(BadToken, match="the token of alice expired 1 s ago"):
+        check(SECRET, key, 101.0)
+
+
+def test_a_token_from_before_there_were_names_is_still_good() -> None:
+    old = msgspec.msgpack.encode(["r-1", 2, "policy", {}, 0.0])
+    token = mint(SECRET, Claims("r-1", 2, "policy"))
+    assert check(SECRET, f"{_text(old)}.{_text(_mac(SECRET, old))}") == check(SECRET, token)
 
 
 @given(st.data())

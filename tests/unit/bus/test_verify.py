@@ -139,6 +139,21 @@ def test_a_cancelled_rollout_is_sound(tmp_path: Path) -> None:
     assert story.write(tmp_path).proved
 
 
+def test_a_version_that_a_rollback_gave_up_need_not_have_been_called(tmp_path: Path) -> None:
+    story = sound()
+    story.weights(2, [trained("b", "b1")])
+    story.weights(3, [], parent=1)
+    story.rollout("c", call("c1", version="3"))
+    story.weights(4, [trained("c", "c1")], parent=3)
+    story.rollout("d", call("d1", version="4"))
+    report = story.write(tmp_path / "sound")
+    assert report.proved, broken(report)
+    assert report.checks[-1].note == "version 2 was rolled back before it was used"
+    story.weights(5, [], parent=7)
+    (check,) = broken(story.write(tmp_path / "broken")).values()
+    assert check.first == ["version 5 has the unpublished parent 7"]
+
+
 def test_sft_may_train_on_a_call_in_every_epoch(tmp_path: Path) -> None:
     story = Story()
     story.weights(0, [], phase="init")

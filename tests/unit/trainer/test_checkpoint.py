@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -75,15 +77,44 @@ def test_a_checkpoint_before_the_first_update_resumes_too(tmp_path):
     assert (other.updates, other.skipped, other.tensors()) == (0, 1, {})
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_only_the_newest_and_the_spared_are_kept(tmp_path):
     model, optimizer = fresh_run()
-    for step in range(1, 6):
-        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step-00000004.safetensors",
-        "step-00000005.safetensors",
-    ]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000005.safetensors"
+    paths = [checkpoint.save(tmp_path, step, model, optimizer, {}) for step in range(1, 6)]
+    checkpoint.drop_old(tmp_path, 2, spared=[tmp_path / "." / paths[1].name, tmp_path / "elsewhere"])
+    assert sorted(tmp_path.iterdir()) == [paths[1], *paths[3:]]
+    assert checkpoint.latest(tmp_path) == paths[-1]
+
+
+def test_a_checkpoint_written_again_under_another_number_resumes_as_the_old_one(tmp_path):
+    model, optimizer = fresh_run()
+    seed_generators()
+    step_on_random_rows(model, optimizer)
+    old = checkpoint.read(checkpoint.save(tmp_path, 1, model, optimizer, {"try": 1}))
+    unbroken = step_on_random_rows(model, optimizer)
+    again = checkpoint.save_again(tmp_path, 7, old, {"try": 2})
+    other_model, other = fresh_run(seed=5)
+    assert checkpoint.load(again, other_model, other) == checkpoint.Checkpoint(7, {"try": 2})
+    assert step_on_random_rows(other_model, other) == unbroken
+    assert checkpoint.latest(tmp_path) == again
+
+
+def test_a_directory_has_one_writer_until_that_process_is_gone(tmp_path):
+    held = tmp_path / "checkpoints"
+    source = (
+        "import sys, pathlib\nfrom trainer.optimize.checkpoint import writing\n"
+        "with writing(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", source, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(BlockingIOError), checkpoint.writing(held):
+            pass
+        other.kill()
+        other.wait()
+        with checkpoint.writing(held):
+            pass
+    assert checkpoint.latest(held) is None
 
 
 def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path):
