@@ -16,7 +16,7 @@ What other packages may use is exported here and in `lightning_bus.adapters`; th
 
 from lightning_bus.client import BlockingClient, Client, Leases, Submitted
 from lightning_bus.clock import monotonic_s, wall_ns
-from lightning_bus.config import BrokerSection, GatewaySection, RunFile, RunSection, Section
+from lightning_bus.config import BrokerSection, CreditSection, GatewaySection, RunFile, RunSection, Section
 from lightning_bus.daemon import LIFELINE, client_address, load_run, run_daemon
 from lightning_bus.errors import (
     AccessDenied,
@@ -37,10 +37,12 @@ from lightning_bus.http import serve_http
 from lightning_bus.keys import KEY_ENV, adopt_key
 from lightning_bus.lifecycle import Status
 from lightning_bus.log.codec import decode_event
+from lightning_bus.log.reader import LogReader
 from lightning_bus.messages import End, Rollout, StatusIs, Submission, Task
 from lightning_bus.otel.traceparent import root_of_attempt
 from lightning_bus.records import Kind, Record, RolloutEvent
-from lightning_bus.resources import POLICY_WEIGHTS, Resource, TrainedRollout, WeightVersion
+from lightning_bus.rescoring import HookPool, reward_hooks
+from lightning_bus.resources import POLICY_PINS, POLICY_WEIGHTS, Pins, Resource, TrainedRollout, WeightVersion
 from lightning_bus.spans import (
     REWARD,
     REWARD_NAME,
@@ -54,11 +56,12 @@ from lightning_bus.spans import (
 )
 
 __all__ = [
-    "KEY_ENV", "LIFELINE", "POLICY_WEIGHTS", "REWARD", "REWARD_NAME", "REWARD_SPAN_NAME", "AccessDenied", "AgentError",
-    "BlockingClient", "BrokenError", "BrokerSection", "BusyError", "CallError", "Client", "ConfigError", "Conflict",
-    "End", "FencedError", "GatewaySection", "Kind", "Leases", "LightningBusError", "ModelCall", "NotFound", "Record",
-    "Resource", "RetiredError", "Rollout", "RolloutEvent", "RunFile", "RunSection", "Section", "Span", "Status",
-    "StatusIs", "StopProcess", "StorageError", "Submission", "Submitted", "Task", "TrainedRollout", "WeightVersion",
-    "adopt_key", "client_address", "decode_event", "decode_spans", "is_model_call", "load_run", "model_call", "monotonic_s",
-    "reward_of", "root_of_attempt", "run_daemon", "serve_http", "wall_ns",
+    "KEY_ENV", "LIFELINE", "POLICY_PINS", "POLICY_WEIGHTS", "REWARD", "REWARD_NAME", "REWARD_SPAN_NAME",
+    "AccessDenied", "AgentError", "BlockingClient", "BrokenError", "BrokerSection", "BusyError", "CallError",
+    "Client", "ConfigError", "Conflict", "CreditSection", "End", "FencedError", "GatewaySection", "HookPool", "Kind",
+    "Leases", "LightningBusError", "LogReader", "ModelCall", "NotFound", "Pins", "Record", "Resource", "RetiredError",
+    "Rollout", "RolloutEvent", "RunFile", "RunSection", "Section", "Span", "Status", "StatusIs", "StopProcess",
+    "StorageError", "Submission", "Submitted", "Task", "TrainedRollout", "WeightVersion", "adopt_key",
+    "client_address", "decode_event", "decode_spans", "is_model_call", "load_run", "model_call", "monotonic_s",
+    "reward_hooks", "reward_of", "root_of_attempt", "run_daemon", "serve_http", "wall_ns",
 ]  # fmt: skip

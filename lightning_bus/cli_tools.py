@@ -39,6 +39,15 @@ from lightning_bus.records import Kind, Record
 from lightning_bus.spans import Span, decode_spans
 
 
+class Content(StrEnum):
+    """What `export` makes of a log."""
+
+    SPANS = "spans"
+    CHAT = "chat"
+    PREFERENCES = "preferences"
+    TRANSITIONS = "transitions"
+
+
 class Format(StrEnum):
     """What `export` writes."""
 
@@ -151,21 +160,47 @@ def cursors(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory, such as runs/calc-seed0.")],
     out: Annotated[Path, typer.Option(help="Directory to write to; it must be empty or new.")],
+    as_: Annotated[
+        Content,
+        typer.Option(
+            "--as",
+            help="spans: everything, as tables. chat: conversations, for SFT. preferences: pairs, for DPO. transitions: "
+            "model calls with rewards and advantages, by the run's \\[rewards] and \\[credit].",
+        ),
+    ] = Content.SPANS,
     format_: Annotated[Format, typer.Option("--format", help="JSON Lines, or Parquet for data frames.")] = Format.JSONL,
+    return_min: Annotated[float | None, typer.Option(help="chat: only rollouts that earned at least this.")] = None,
+    margin_min: Annotated[float, typer.Option(help="preferences: how far two returns must differ.")] = 0.0,
+    scores: Annotated[
+        Path | None, typer.Option(help="chat, preferences: returns of this replay, not those recorded.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="All but spans: only rollouts with this label.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Write every span and every rollout of a log as rows, for other tools to read. Works while the run goes on.
+    """Write a log as rows, for other tools to read. Works while the run goes on.
 
-    Example: lightning-bus export runs/calc-seed0 --format parquet --out calc-seed0-export
+    Example: lightning-bus export runs/calc-seed0 --as chat --return-min 1 --out calc-sft
     """
+    from lightning_bus.cli_replay import export_data_set, labels_of
     from lightning_bus.log.export import export as export_log
 
-    with LogReader(run_directory(run) / "log") as reader, _progress(json_) as progress:
+    directory = run_directory(run)
+    with LogReader(directory / "log") as reader, _progress(json_) as progress:
         task = progress.add_task("exporting", total=None)
-        exported = export_log(
-            reader, out, format_.value, lambda done, total: progress.update(task, completed=done, total=total)
-        )
-    _print_result(exported._asdict(), json_)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        if as_ is Content.SPANS:
+            facts = export_log(reader, out, format_.value, tell)._asdict()
+        else:
+            facts = export_data_set(
+                reader, directory, out, as_.value, format_.value, return_min=return_min, margin_min=margin_min,
+                scores=scores, labels=labels_of(label), progress=tell,
+            )  # fmt: skip
+    _print_result(facts, json_)
 
 
 def backup_command(

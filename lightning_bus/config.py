@@ -1,8 +1,8 @@
 """RUN.toml: one file that configures every process of a run.
 
-Each section is a frozen struct that lives next to what it configures; the bus owns [run], [broker] and [gateway], and
-other packages bring theirs through the entry-point group `lightning_bus.sections` (`cli.sections()` collects them).
-Unknown keys and wrong types are refused with the key's path, so a typo never silently means the default.
+Each section is a frozen struct that lives next to what it configures; the bus owns [run], [broker], [gateway] and
+[credit], and other packages bring theirs through the entry-point group `lightning_bus.sections` (`cli.sections()`
+collects them). Unknown keys and wrong types are refused with the key's path, so a typo never silently means the default.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all sections of RUN.toml."""
+
+
+S = TypeVar("S", bound=Section)
 
 
 class RunSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +66,30 @@ class GatewaySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=T
     overrides: dict[str, Any] = {}  # request fields to set for every call, such as top_p = 1.0; a submission's own win
 
 
-BUS_SECTIONS: dict[str, type[Section]] = {"run": RunSection, "broker": BrokerSection, "gateway": GatewaySection}
+class CreditSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[credit]: whose model calls are trained, and what each is worth. Formulas: `lightning_bus.adapters.credit`."""
+
+    # identical: every call gets the rollout's return. turn: its own reward and a share of the final one. leave_one_out:
+    # compared with the other rollouts that came to the same state. value: by a critic.
+    rule: Literal["identical", "turn", "value", "leave_one_out"] = "identical"
+    relevance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # turn: share of the final reward before the last turn
+    gamma: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # discount for each turn to the end
+    lambda_: Annotated[float, msgspec.Meta(ge=0, le=1)] = msgspec.field(default=1.0, name="lambda")  # value: of GAE
+    # How a group's rollouts are compared, for identical and turn. train.rl.scale divides grpo by the group's spread.
+    estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "maxrl"] = "grpo"
+    # Whose calls are trained: names, paths as "pipeline/writer", regular expressions as "/^re/"; or a policy for each,
+    # {writer = "policy", "/critic/" = "critic"}. None: everybody's.
+    agents: list[str] | dict[str, str] = []
+    # Answers cut off at a token limit: keep trains them, mask leaves the answer out, drop the whole rollout.
+    truncated: Literal["keep", "mask", "drop"] = "keep"
+
+
+BUS_SECTIONS: dict[str, type[Section]] = {
+    "run": RunSection,
+    "broker": BrokerSection,
+    "gateway": GatewaySection,
+    "credit": CreditSection,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +142,32 @@ def load(
     return RunFile(path, {name: _section(path, name, kind, table.get(name, {})) for name, kind in kinds.items()})
 
 
+def load_section(path: Path, name: str, kind: type[S], default: S | None = None) -> S:
+    """Return one section of a run file, whatever else stands in it.
+
+    default  where the file or the section is not there; None: the section's own defaults
+
+    Raises ConfigError as `load` does.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        table = {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not TOML: {exc}. Strings need quotes; see examples/calc/run.toml.") from exc
+    if default is not None and name not in table:
+        return default
+    return cast(S, _section(path, name, kind, table.get(name, {})))
+
+
 def to_toml_table(file: RunFile) -> dict[str, Any]:
     """Return the whole configuration, defaults spelled out, as plain tables without None (TOML has none)."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in cast(dict[str, Any], value).items() if v is not None}
+        if isinstance(value, list):
+            return [plain(item) for item in cast(list[Any], value)]
         return value
 
     return {name: plain(msgspec.to_builtins(section)) for name, section in file.sections.items()}
@@ -143,7 +189,7 @@ def _explain(message: str, name: str, kind: type[Section], table: Any) -> str:
     unknown = re.search(r"unknown field `(.+)`", reason)
     if unknown:
         field = unknown.group(1)
-        known = [f.name for f in msgspec.structs.fields(expected)] if _is_struct(expected) else []
+        known = [f.encode_name for f in msgspec.structs.fields(expected)] if _is_struct(expected) else []
         return f"unknown key {key}.{field}{_did_you_mean(field, known)}." + (
             f" Known: {', '.join(known)}." if known else ""
         )
@@ -159,18 +205,24 @@ def _is_struct(kind: Any) -> bool:
 
 
 def _type_at(kind: Any, where: str) -> Any:
-    """Return the type of the key that a path such as ".rl.loss" leads to; None for what lies inside a list or a dict."""
+    """Return the type of the key that a path such as ".rl.loss" or ".rules[0].on" leads to; None inside of a dict."""
     for part in where.split(".")[1:]:
-        kind = get_type_hints(kind).get(part) if _is_struct(kind) else None
+        name, *indices = part.split("[")
+        kind = get_type_hints(kind).get(name) if _is_struct(kind) else None
+        for _ in indices:
+            kind = get_args(kind)[0] if get_origin(kind) is list else None
     return kind
 
 
 def _value_at(table: Any, where: str) -> Any:
     """Return the value that such a path leads to, or the innermost that holds it."""
-    for part in where.split(".")[1:]:
-        if not isinstance(table, dict) or part not in table:
+    for part in re.findall(r"[^.\[\]]+", where):
+        if isinstance(table, list) and part.isdecimal():
+            table = cast(list[Any], table)[int(part)]
+        elif isinstance(table, dict) and part in table:
+            table = cast(dict[str, Any], table)[part]
+        else:
             break
-        table = cast(dict[str, Any], table)[part]
     return cast(Any, table)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskStatus
 
+from lightning_bus.adapters import RewardsSection
 from lightning_bus.config import BUS_SECTIONS, RunFile, Section, load
 from lightning_bus.errors import ConfigError, StorageError, first_error
 from lightning_bus.tokens import SECRET_BYTES
@@ -34,7 +35,7 @@ SECTIONS_GROUP = "lightning_bus.sections"
 
 def sections() -> dict[str, type[Section]]:
     """Return every section that RUN.toml may have: the bus's own and those of the installed packages."""
-    found = dict(BUS_SECTIONS)
+    found = {**BUS_SECTIONS, "rewards": RewardsSection}
     for entry in entry_points(group=SECTIONS_GROUP):
         found[entry.name] = entry.load()
     return found

@@ -6,27 +6,42 @@ Each stage is skipped when the checkpoint says that it is behind us, so a traine
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
+import msgspec
 import torch
 
-from lightning_bus import CallError, Client, RunFile, StopProcess, wall_ns
+from lightning_bus import (
+    CallError,
+    Client,
+    Conflict,
+    RunFile,
+    StopProcess,
+    StorageError,
+    monotonic_s,
+    reward_hooks,
+    wall_ns,
+)
+from lightning_bus.adapters import Cursor, RewardsSection
 from trainer.algorithms.evaluate import evaluate
 from trainer.algorithms.rl import reinforce
 from trainer.algorithms.sft import imitate
 from trainer.config import TrainSection
 from trainer.data.stream import RolloutStream
 from trainer.loading import load_tasks
+from trainer.optimize import checkpoint
 from trainer.report import count_log, plot_reward, write_summary
 from trainer.session import Session, storing
 
 log = logging.getLogger(__name__)
 
 POLICY_LIMIT_S = 180.0  # the engine writes the first policy when it starts
+WRITER_LIMIT_S = 60.0  # a rollback takes seconds, a trainer that was told to stop a step
 
 
 async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> dict[str, Any]:
@@ -38,8 +53,10 @@ async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> di
     await wait_for_policy(run.directory / "policy")
     summary: dict[str, Any] = {}
     async with (
+        sole_writer(run.directory),
         Client(bus_address, role="trainer", log=log_beside(run.directory, bus_address)) as bus,
         httpx.AsyncClient() as http,
+        reward_hooks(run.section(RewardsSection)) as hooks,
         anyio.create_task_group() as background,
     ):
         session = Session(run, bus, http, engine_urls)
@@ -48,13 +65,15 @@ async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> di
         stream = RolloutStream(
             bus,
             config.rl.group_size,
-            progress.stream["offset"],
+            msgspec.convert(progress.stream, Cursor),
             config.rollout_limit_s,
-            consumed=progress.stream["consumed"],
+            hooks=hooks,
         )
         background.start_soon(stream.run)
+        background.start_soon(session.fleet.run)
         try:
             await run_stages(session, stream, tasks, held_out)
+            await session.fleet.settle()
             summary = await summarise(session)
         except (CallError, StopProcess, anyio.get_cancelled_exc_class()):
             session.close()  # this process will not be started again by itself, so nobody needs the weights in memory
@@ -62,6 +81,27 @@ async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> di
         session.close()
         background.cancel_scope.cancel()
     return summary
+
+
+@asynccontextmanager
+async def sole_writer(run_directory: Path, limit_s: float = WRITER_LIMIT_S) -> AsyncGenerator[None]:
+    """Be the one process that writes this run's checkpoints. Raises Conflict when another still does after limit_s."""
+    until_s = monotonic_s() + limit_s
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(checkpoint.writing(run_directory / "checkpoints"))
+                break
+            except BlockingIOError as exc:
+                if monotonic_s() >= until_s:
+                    raise Conflict(
+                        f"another process trains {run_directory}: it has held {run_directory / 'checkpoints'} for "
+                        f"{limit_s:g} s. A run has one trainer; stop that one first."
+                    ) from exc
+            except OSError as exc:
+                raise StorageError(f"cannot write {run_directory / 'checkpoints'}: {exc}") from exc
+            await anyio.sleep(0.1)
+        yield
 
 
 def log_beside(directory: Path, bus_address: str) -> Path | None:
@@ -73,7 +113,8 @@ def log_beside(directory: Path, bus_address: str) -> Path | None:
 async def run_stages(session: Session, stream: RolloutStream, tasks: Sequence[Any], held_out: Sequence[Any]) -> None:
     """Evaluate, imitate, evaluate, reinforce, evaluate; whatever the checkpoint says is behind us is skipped."""
     progress = session.progress
-    await session.publish()
+    if progress.phase != "sft":  # in the middle of imitation the weights are no version, and version 0 is out already
+        await session.publish()
     if progress.line:  # a life that ended between checkpoint and this line left it to us
         session.tell(progress.line)
     if progress.phase in ("init", "sft"):

@@ -8,12 +8,20 @@ which offset a successor would have to read to be where it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from lightning_bus.lifecycle import Status
+import msgspec
+
+from lightning_bus.adapters.rewards import Reward
+from lightning_bus.lifecycle import TERMINAL, Status
 from lightning_bus.log.codec import decode_event
 from lightning_bus.otel.rewards import final_reward
 from lightning_bus.records import Kind, Record
 from lightning_bus.spans import Span, decode_spans
+
+# Looked up once for every record of a log, and enumerations are slow at it.
+_SPANS, _ROLLOUT = Kind.SPANS, Kind.ROLLOUT
+_STATUS_OF = {status.value: status for status in Status}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,17 @@ class FinishedRollout:
     spans: list[Span]
     first_offset: int  # of its submission
     end_offset: int  # just past its last event
+    task_body: bytes = b""  # as it was submitted: MessagePack
+    judged: float | list[Reward] | None = None  # what a reward hook said of it, which is then its reward
+    not_judged: str = ""  # why a hook that was asked gave nothing; it has no reward then, and `error` the details
+
+    @property
+    def task(self) -> Any:
+        """The task as its submitter gave it; None where it is not MessagePack."""
+        try:
+            return msgspec.msgpack.decode(self.task_body)
+        except msgspec.DecodeError:
+            return None
 
 
 @dataclass(slots=True)
@@ -48,11 +67,11 @@ class Assembler:
             f"record {record.offset} after {self.next_offset}: the log has one order"
         )
         self.next_offset = record.offset + 1
-        if record.kind is Kind.SPANS:
+        if record.kind is _SPANS:
             rollout = self._open.get(record.rollout_id)
             if rollout is not None:
                 rollout.chunks.append((record.attempt, record.body))
-        elif record.kind is Kind.ROLLOUT:
+        elif record.kind is _ROLLOUT:
             return self._on_event(record)
         return None
 
@@ -64,10 +83,10 @@ class Assembler:
     def _on_event(self, record: Record) -> FinishedRollout | None:
         event = decode_event(record)
         if event.what == "submit":
-            self._open[record.rollout_id] = _Open(record.offset)
+            self._open[record.rollout_id] = _Open(record.offset, event.task)
             return None
-        status = Status(event.status)
-        if not status.terminal or record.rollout_id not in self._open:
+        status = _STATUS_OF.get(event.status) or Status(event.status)
+        if status not in TERMINAL or record.rollout_id not in self._open:
             return None
         rollout = self._open.pop(record.rollout_id)
         spans = [span for attempt, body in rollout.chunks if attempt == record.attempt for span in decode_spans(body)]
@@ -85,10 +104,12 @@ class Assembler:
             spans=spans,
             first_offset=rollout.first_offset,
             end_offset=record.offset + 1,
+            task_body=rollout.task,
         )
 
 
 @dataclass(slots=True)
 class _Open:
     first_offset: int
+    task: bytes
     chunks: list[tuple[int, bytes]] = field(default_factory=list[tuple[int, bytes]])

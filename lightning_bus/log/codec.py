@@ -31,6 +31,7 @@ _CRC_AT = 12
 _ZERO_CRC = bytes(4)
 _KINDS = {int(kind): kind for kind in Kind}
 _unpack = _HEADER.unpack_from
+_decode_event = msgspec.msgpack.Decoder(RolloutEvent).decode
 assert HEADER_BYTES == 64
 
 
@@ -84,7 +85,7 @@ def encode_event(event: RolloutEvent) -> bytes:
 def decode_event(record: Record) -> RolloutEvent:
     """Return the event that a ROLLOUT record holds."""
     try:
-        return msgspec.msgpack.decode(record.body, type=RolloutEvent)
+        return _decode_event(record.body)
     except msgspec.DecodeError as exc:
         raise RemoteProtocolError(f"record {record.offset} does not hold a rollout event: {exc}") from exc
 

@@ -9,31 +9,25 @@ Memory does not grow with the log: rows go out in batches. The directory appears
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from lightning_bus import messages as m
-from lightning_bus.errors import CallError
 from lightning_bus.log.backup import appearing
 from lightning_bus.log.reader import LogReader
+from lightning_bus.log.tables import ROWS_PER_BATCH, Format, Row, check_format, open_table
 from lightning_bus.records import Kind, Record
 from lightning_bus.spans import LOGPROBS, PROMPT_IDS, RESPONSE_IDS, REWARD, Span, decode_spans
 
-Format = Literal["jsonl", "parquet"]
-Row = dict[str, Any]
-
-ROWS_PER_BATCH = 2000
-BYTES_PER_BATCH = 32 << 20
 ROLLOUTS_REMEMBERED = 10_000  # spans of a rollout stand close together in the log
 PACKED = {"prompt_token_ids": PROMPT_IDS, "response_token_ids": RESPONSE_IDS, "response_logprobs": LOGPROBS}
 
-# Column → its type, by the name of pyarrow's function; "json" and "list" of something are told apart below.
+# Column → its type; see `tables`.
 SPAN_COLUMNS = {
     "offset": "int64",  # of the record that holds it
     "producer": "string",
@@ -93,17 +87,13 @@ def export(
     A log that is being written is exported as far as it goes now. Raises CallError when the target is not empty or
     pyarrow is missing, RemoteProtocolError on a damaged record.
     """
-    if form not in get_args(Format):
-        raise CallError(f"there is no format {form!r}. Choose from: {', '.join(get_args(Format))}.")
-    table = _Parquet if form == "parquet" else _JsonLines
-    if form == "parquet":
-        _pyarrow()
+    check_format(form)
     first_offset, end_offset = reader.first_offset, reader.end_offset
     with appearing(target) as draft:
-        with table(draft / f"spans.{form}", SPAN_COLUMNS) as spans:
+        with open_table(draft, "spans", form, SPAN_COLUMNS) as spans:
             for row in _span_rows(reader, first_offset, end_offset, progress or (lambda done, total: None)):
                 spans.add(*row)
-        with table(draft / f"rollouts.{form}", ROLLOUT_COLUMNS) as rollouts:
+        with open_table(draft, "rollouts", form, ROLLOUT_COLUMNS) as rollouts:
             for rollout in reader.rollouts():
                 rollouts.add(_rollout_row(rollout), len(rollout.submission.task))
     return Exported(spans.rows, rollouts.rows, first_offset, end_offset)
@@ -197,84 +187,3 @@ def _rollout_row(rollout: m.Rollout) -> Row:
         "priority": submission.priority,
         "task": task,
     }
-
-
-# -- files ----------------------------------------------------------------------------------------------------------------
-
-
-class _JsonLines:
-    """One JSON object a line. Bytes become base64, NaN becomes null."""
-
-    def __init__(self, path: Path, columns: dict[str, str]) -> None:
-        self.rows = 0
-        self._file = path.open("wb", buffering=1 << 20)
-
-    def add(self, row: Row, size: int) -> None:
-        self._file.write(_json(row) + b"\n")
-        self.rows += 1
-
-    def __enter__(self) -> _JsonLines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-class _Parquet:
-    """A Parquet file, compressed, a row group a batch."""
-
-    def __init__(self, path: Path, columns: dict[str, str]) -> None:
-        self.rows = 0
-        self._arrow = _pyarrow()
-        self._json = [name for name, kind in columns.items() if kind == "json"]
-        self._schema: Any = self._arrow.schema([(name, self._type(kind)) for name, kind in columns.items()])
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-        self._writer: Any = parquet.ParquetWriter(str(path), self._schema, compression="zstd")
-        self._batch: list[Row] = []
-        self._bytes = 0
-
-    def add(self, row: Row, size: int) -> None:
-        for name in self._json:
-            row[name] = None if row[name] is None else _json(row[name]).decode()
-        self._batch.append(row)
-        self._bytes += size
-        self.rows += 1
-        if len(self._batch) >= ROWS_PER_BATCH or self._bytes >= BYTES_PER_BATCH:
-            self._flush()
-
-    def __enter__(self) -> _Parquet:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._batch:
-            self._writer.write_batch(self._arrow.RecordBatch.from_pylist(self._batch, schema=self._schema))
-        self._batch = []
-        self._bytes = 0
-
-    def _type(self, kind: str) -> Any:
-        if kind.startswith("list "):
-            return self._arrow.list_(self._type(kind.removeprefix("list ")))
-        return self._arrow.string() if kind == "json" else getattr(self._arrow, kind)()
-
-
-def _json(value: Any) -> bytes:
-    return msgspec.json.encode(value, enc_hook=_plain)
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON has for what it has not: lists for arrays, text for MessagePack's extensions."""
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)
-
-
-def _pyarrow() -> Any:
-    try:
-        return importlib.import_module("pyarrow")
-    except ImportError as exc:
-        raise CallError(
-            "Parquet needs pyarrow, which is not installed. pip install 'lightning-bus[parquet]', or export as jsonl."
-        ) from exc

@@ -65,14 +65,26 @@ class LogReader:
 
         Raises RemoteProtocolError on a damaged one, RetiredError when `offset` was dropped, also while reading.
         """
-        for record in self._read(offset, _decode_record):
-            if isinstance(record, RemoteProtocolError):
-                raise record
-            yield record
+        if offset is None:
+            offset = self.first_offset
+        while True:
+            found, offset = self._batch(offset, _decode_record)
+            if not found:
+                return
+            for record in found:
+                if isinstance(record, RemoteProtocolError):
+                    raise record
+                yield record
 
     def values(self, offset: int | None = None) -> Iterator[bytes]:
         """Yield the encoded records from `offset`, or the oldest, on. Raises RetiredError when `offset` was dropped."""
-        return self._read(offset, bytes)
+        if offset is None:
+            offset = self.first_offset
+        while True:
+            found, offset = self._batch(offset, bytes)
+            if not found:
+                return
+            yield from found
 
     def rollouts(self) -> Iterator[m.Rollout]:
         """Yield where each rollout stands when it is read, by id."""
@@ -115,15 +127,6 @@ class LogReader:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _read(self, offset: int | None, convert: Callable[[Any], T]) -> Iterator[T]:
-        if offset is None:
-            offset = self.first_offset
-        while True:
-            found, offset = self._batch(offset, convert)
-            if not found:
-                return
-            yield from found
 
     def _batch(self, offset: int, convert: Callable[[Any], T]) -> tuple[list[T], int]:
         """Return the next records in order, whichever segment they are in, and where to go on; none at the log's end."""

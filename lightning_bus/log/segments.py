@@ -85,7 +85,7 @@ class Segment:
     def read(self, txn: Any, offset: int, bytes_max: int, convert: Callable[[Any], T]) -> tuple[list[T], int]:
         """Return records from `offset` on, at least one and about bytes_max of them, and the offset to go on from."""
         found: list[T] = []
-        size = 0
+        size, last = 0, None
         cursor = txn.cursor(self.log)
         if cursor.set_range(offset_key(offset)):
             for key, value in cursor:
@@ -93,8 +93,8 @@ class Segment:
                 if found and (size > bytes_max or len(found) >= RECORDS_PER_READ):
                     break
                 found.append(convert(value))
-                offset = _offset(key) + 1
-        return found, offset
+                last = key
+        return found, offset if last is None else _offset(last) + 1
 
     def newest_wall_ns(self) -> int:
         """Return when the last record was made; when the file was last written where that record is damaged."""

@@ -12,13 +12,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import anyio.lowlevel
+import anyio.to_thread
 
-from lightning_bus import ConfigError
-from lightning_bus.adapters import Row
+from lightning_bus import ConfigError, CreditSection
+from lightning_bus.adapters import Row, scored
 from trainer.data.batch import pack_rows
 from trainer.data.filters import drop_failed, drop_unscored
-from trainer.data.stream import TEACHER, RolloutStream, scored, submission
+from trainer.data.stream import TEACHER, RolloutStream, submission
 from trainer.optimize import losses
 from trainer.optimize.optimizer import Optimizer
 from trainer.optimize.step import StepMetrics, train_step
@@ -41,18 +41,20 @@ async def imitate(session: Session, stream: RolloutStream, tasks: Sequence[Any])
         for start in range(0, len(order), config.batch_rollouts):
             batch = order[start : start + config.batch_rollouts]
             packs = pack_rows(batch, [1.0] * len(batch), token_budget=session.train.token_budget, temperature=1.0)
-            steps.append(train_step(session.model, optimizer, packs, losses.sft))
-            await anyio.lowlevel.checkpoint()  # the bus wants a word now and then
+            # On a thread: replicas that are being caught up, and the bus, must not wait for a step to end.
+            steps.append(await anyio.to_thread.run_sync(train_step, session.model, optimizer, packs, losses.sft))
         progress.step += 1
         session.tell(session.note("sft", **step_line(steps[-1])))
-        session.checkpoint(optimizer)
+        await anyio.to_thread.run_sync(session.checkpoint, optimizer)
+        await session.retain()
     progress.parent, progress.version = progress.version, progress.version + 1
     progress.trained = trained_record(rows)
     progress.line = {}
     progress.stream = stream.saved_state()
     progress.phase, progress.step = "rl", 0
-    session.checkpoint(optimizer)
+    await anyio.to_thread.run_sync(session.checkpoint, optimizer)
     await session.publish()
+    await session.retain()
 
 
 async def record_teacher(session: Session, stream: RolloutStream, tasks: Sequence[Any]) -> list[Row]:
@@ -60,7 +62,8 @@ async def record_teacher(session: Session, stream: RolloutStream, tasks: Sequenc
     teacher = session.train.sft.teacher
     submissions = [submission(f"teacher-{i:05d}", task, TEACHER, model=teacher) for i, task in enumerate(tasks)]
     ended = await stream.carry_out(submissions, session.directory)
-    rollouts, dropped = scored(ended)
+    credit = session.run.section(CreditSection)  # whose calls: a fixed agent's are nothing to imitate
+    rollouts, dropped = scored(ended, credit, policy=session.policy.name, any_model=True)
     kept = drop_failed(rollouts)
     rows = drop_unscored([row for rollout in kept.items for row in rollout.rows])
     reward_mean = sum(rollout.reward or 0.0 for rollout in kept.items) / max(1, len(kept.items))

@@ -36,7 +36,7 @@ class PackedBatch:
     targets_T       (T,) int64    token t + 1
     logprobs_T      (T,) float32  behaviour log-prob of token t + 1, under its temperature
     temperatures_T  (T,) float32  temperature it was sampled with
-    advantages_T    (T,) float32  advantage of its rollout
+    advantages_T    (T,) float32  advantage of token t + 1: of its rollout, or of the call that sampled it
     weights_T       (T,) float32  its weight in the loss, before the division by the denominator
     """
 
@@ -59,7 +59,7 @@ class PackedBatch:
 
 def pack_rows(
     rows: Sequence[Row],
-    advantages_N: ArrayLike,
+    advantages_N: ArrayLike | None = None,
     *,
     token_budget: int,
     normalise: Literal["token", "rollout"] = "token",
@@ -67,18 +67,17 @@ def pack_rows(
 ) -> list[PackedBatch]:
     """Pack rows into batches of at most token_budget tokens; the packs together are one optimiser step.
 
-    advantages_N  (N,) the advantage of each row's rollout; ones for supervised training
+    advantages_N  (N,) the advantage of each row's rollout; ones for supervised training. None: rows carry their own,
+                  token by token
     normalise     "token" weighs every trained token 1: the step's loss is a mean over tokens. "rollout"
                   weighs it 1 / (trained tokens of its rollout): the loss is a mean over rollouts, however
                   many rows and turns each has
     temperature   overrides the recorded ones: supervised training wants 1, whatever the teacher used
 
     Raises ValueError for lengths that differ, a row longer than the budget, a row that trains nothing or
-    trains its first token, and a temperature that is not positive.
+    trains its first token, an advantage that is not finite, and a temperature that is not positive.
     """
-    advantages_N = np.asarray(advantages_N, dtype=np.float32)
-    if advantages_N.shape != (len(rows),):
-        raise ValueError(f"advantages have shape {advantages_N.shape}, there are {len(rows)} rows: pass one per row")
+    advantages = _by_token(rows, advantages_N)
     if normalise not in ("token", "rollout"):
         raise ValueError(f"normalise={normalise!r} is not known: use 'token' or 'rollout'")
     for row in rows:
@@ -88,7 +87,7 @@ def pack_rows(
         rollout_tokens[row.rollout_id] += int(row.trained.sum())
     weights_N = [1.0 if normalise == "token" else 1.0 / rollout_tokens[row.rollout_id] for row in rows]
     return [
-        _pack(rows, members, advantages_N, weights_N, temperature)
+        _pack(rows, members, advantages, weights_N, temperature)
         for members in plan_packs([len(row.token_ids) for row in rows], token_budget)
     ]
 
@@ -96,7 +95,7 @@ def pack_rows(
 def _pack(
     rows: Sequence[Row],
     members: Sequence[int],
-    advantages_N: np.ndarray,
+    advantages: Sequence[np.ndarray],
     weights_N: Sequence[float],
     temperature: float | None,
 ) -> PackedBatch:
@@ -120,9 +119,34 @@ def _pack(
         targets_T=torch.from_numpy(_shifted([row.token_ids for row in packed], fill=0).astype(np.int64)),
         logprobs_T=torch.from_numpy(logprobs_T.astype(np.float32)),
         temperatures_T=torch.from_numpy(temperatures_T.astype(np.float32)),
-        advantages_T=torch.from_numpy(np.repeat(advantages_N[list(members)], lengths).astype(np.float32)),
+        advantages_T=torch.from_numpy(_shifted([advantages[index] for index in members], fill=0)),
         weights_T=torch.from_numpy(np.repeat([weights_N[index] for index in members], lengths).astype(np.float32)),
     )
+
+
+def _by_token(rows: Sequence[Row], advantages_N: ArrayLike | None) -> list[np.ndarray]:
+    """Return (L,) float32 for each row: the advantage of each of its tokens."""
+    if advantages_N is None:
+        missing = [
+            row.rollout_id for row in rows if row.advantages is None or row.advantages.shape != row.trained.shape
+        ]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(rows)} rows carry no advantage for each token, one of rollout {missing[0]} among "
+                "them: give them theirs by Row.with_advantages, or pass one a row"
+            )
+        found = [row.advantages for row in rows if row.advantages is not None]
+    else:
+        scalars_N = np.asarray(advantages_N, dtype=np.float32)
+        if scalars_N.shape != (len(rows),):
+            raise ValueError(f"advantages have shape {scalars_N.shape}, there are {len(rows)} rows: pass one per row")
+        found = [np.full(len(row.token_ids), advantage) for row, advantage in zip(rows, scalars_N, strict=True)]
+    for row, advantages in zip(rows, found, strict=True):
+        if not np.isfinite(advantages).all():
+            raise ValueError(
+                f"rollout {row.rollout_id} has an advantage that is not finite: drop it before its group is compared"
+            )
+    return found
 
 
 def _shifted(columns: Sequence[np.ndarray], fill: float) -> np.ndarray:

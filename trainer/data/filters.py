@@ -2,8 +2,8 @@
 
 First whole rollouts, then rows:
 
-    rollouts ─► drop_failed ─► drop_uninformative ─► advantages
-                                                         └─► rows ─► drop_stale ─► drop_long ─► drop_unscored
+    rollouts ─► drop_failed ─► drop_rolled_back ─► drop_untrained ─► drop_uninformative ─► advantages
+                                                         └─► rows ─► drop_stale ─► drop_long ─► drop_impossible ─► drop_unscored
 
 Rollouts leave before a batch is counted, so that the batch is refilled rather than shrunk and the loss is
 never averaged over tokens that cannot teach. Rows leave after the advantages are known: a rollout whose row
@@ -17,19 +17,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from lightning_bus.adapters import Row
+from lightning_bus.adapters import Row, ScoredRollout
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredRollout:
-    """A finished rollout and its rows. reward is None when it failed, which is not a reward of 0."""
-
-    rollout_id: str
-    group: str
-    reward: float | None
-    rows: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +38,57 @@ def drop_failed(rollouts: Sequence[ScoredRollout]) -> Kept[ScoredRollout]:
     """
 
     def reason(rollout: ScoredRollout) -> str | None:
-        if rollout.reward is None:
+        if rollout.total is None:
             return "failed"
-        return None if np.isfinite(rollout.reward) else "nonfinite_reward"
+        return None if np.isfinite(rollout.total) else "nonfinite_reward"
 
     return _keep(rollouts, reason)
 
 
-def drop_uninformative(rollouts: Sequence[ScoredRollout]) -> Kept[ScoredRollout]:
-    """Keep groups whose rewards differ. Reasons, in rollouts: `singleton_group`, `zero_variance_group`.
+def drop_uninformative(rollouts: Sequence[ScoredRollout], *, by_turn: bool = False) -> Kept[ScoredRollout]:
+    """Keep groups whose returns differ. Reasons, in rollouts: `singleton_group`, `zero_variance_group`.
+
+    by_turn  also those whose returns are equal but whose turns earned unequally: credit by turn tells them apart
 
     Every advantage in such a group is 0, so it adds nothing to the gradient and would only dilute the
     denominator (dynamic sampling, arXiv 2503.14476).
     """
-    rewards_of: defaultdict[str, list[float | None]] = defaultdict(list)
+    returns_of: defaultdict[str, list[float | None]] = defaultdict(list)
+    steps_of: defaultdict[str, set[float | None]] = defaultdict(set)
     for rollout in rollouts:
-        rewards_of[rollout.group].append(rollout.reward)
+        returns_of[rollout.group].append(rollout.total)
+        if by_turn and rollout.episode is not None:
+            steps_of[rollout.group].update(rollout.episode.rewards_T.tolist())
 
     def reason(rollout: ScoredRollout) -> str | None:
-        rewards = rewards_of[rollout.group]
-        if len(rewards) == 1:
+        returns = returns_of[rollout.group]
+        if len(returns) == 1:
             return "singleton_group"
-        return "zero_variance_group" if len(set(rewards)) == 1 else None
+        equal = len(set(returns)) == 1 and len(steps_of[rollout.group]) <= 1
+        return "zero_variance_group" if equal else None
 
     return _keep(rollouts, reason)
+
+
+def drop_untrained(rollouts: Sequence[ScoredRollout]) -> Kept[ScoredRollout]:
+    """Keep groups of which at least one rollout has rows. Reason, in rollouts: `nothing_to_train`.
+
+    Where one agent of several is trained, a task may be done without it.
+    """
+    with_rows = {rollout.group for rollout in rollouts if rollout.rows}
+    return _keep(rollouts, lambda rollout: None if rollout.group in with_rows else "nothing_to_train")
+
+
+def drop_rolled_back(rollouts: Sequence[ScoredRollout], *, first_version: int) -> Kept[ScoredRollout]:
+    """Keep rollouts in which every sampled token comes from `first_version` or later. Reason: `rolled_back`.
+
+    A rollback gives versions up. What they sampled is not the past of the policy that goes on, however near their
+    numbers are.
+    """
+    return _keep(
+        rollouts,
+        lambda rollout: "rolled_back" if any(0 <= row.version_oldest < first_version for row in rollout.rows) else None,
+    )
 
 
 def drop_stale(rows: Sequence[Row], *, trainer_version: int, staleness_max: int) -> Kept[Row]:
@@ -91,6 +108,21 @@ def drop_stale(rows: Sequence[Row], *, trainer_version: int, staleness_max: int)
 def drop_long(rows: Sequence[Row], *, tokens_max: int) -> Kept[Row]:
     """Keep rows of at most tokens_max tokens. Reason: `too_long`."""
     return _keep(rows, lambda row: "too_long" if len(row.token_ids) > tokens_max else None)
+
+
+def drop_impossible(rows: Sequence[Row]) -> Kept[Row]:
+    """Keep rows that a model can have sampled. Reasons: `token_id_out_of_range`, `greedy`.
+
+    A negative id names no token. What was sampled at temperature 0 has no log-prob to correct by; supervised training,
+    which asks for none, does without this filter.
+    """
+
+    def reason(row: Row) -> str | None:
+        if row.token_ids.min(initial=0) < 0:
+            return "token_id_out_of_range"
+        return None if (row.temperatures[row.trained] > 0).all() else "greedy"
+
+    return _keep(rows, reason)
 
 
 def drop_unscored(rows: Sequence[Row]) -> Kept[Row]:

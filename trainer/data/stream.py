@@ -7,65 +7,49 @@ offset sees the same rollouts in the same order, and takes the same next batch.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 import msgspec
 
-from lightning_bus import AgentError, BrokenError, Client, Status, Submission, is_model_call, model_call
-from lightning_bus.adapters import Assembler, FinishedRollout, transitions_of
-from trainer.data.filters import ScoredRollout
+from lightning_bus import AgentError, BrokenError, Client, HookPool, Status, Submission, is_model_call, model_call
+from lightning_bus.adapters import Cursor, FinishedRollout, Group, Groups
 
 TRAIN, EVAL, TEACHER = "train", "eval", "teacher"
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """All rollouts of one task, ended."""
-
-    name: str
-    rollouts: tuple[FinishedRollout, ...]
-
-
-@dataclass(slots=True)
 class RolloutStream:
-    """Follows the log from `offset`. `run` must be running in a task of its own."""
+    """Follows the log from `cursor`. `run` must be running in a task of its own."""
 
-    bus: Client
-    group_size: int
-    offset: int
-    limit_s: float
-    # Training rollouts beyond `offset` that were consumed before it was saved: id → first offset.
-    consumed: dict[str, int] = field(default_factory=dict[str, int])
-    _assembler: Assembler = field(default_factory=Assembler)
-    _groups: OrderedDict[str, list[FinishedRollout]] = field(default_factory=OrderedDict[str, list[FinishedRollout]])
-    _complete: deque[Group] = field(default_factory=deque[Group])
-    _ended: dict[str, FinishedRollout] = field(default_factory=dict[str, FinishedRollout])
-    _version_seen: int = -1
-    _progress: anyio.Event = field(default_factory=anyio.Event)
-
-    def __post_init__(self) -> None:
-        self._assembler.next_offset = self.offset
+    def __init__(
+        self, bus: Client, group_size: int, cursor: Cursor, limit_s: float, *, hooks: HookPool | None = None
+    ) -> None:
+        """limit_s  give up when no rollout has ended for so long
+        hooks    says what rollouts earned, where a run has a reward hook
+        """
+        self.bus = bus
+        self._limit_s = limit_s
+        self._hooks = hooks
+        self._groups = Groups(size=group_size, cursor=cursor, labels={"phase": TRAIN})
+        self._ended: dict[str, FinishedRollout] = {}
+        self._version_seen = -1
+        self._progress = anyio.Event()
 
     async def run(self) -> None:
         """Follow the log for ever."""
-        async for record in self.bus.follow(self.offset):
-            finished = self._assembler.feed(record)
+        async for record in self.bus.follow(self._groups.next_offset):
+            finished = self._groups.feed(record)
             if finished is not None:
-                self._take(finished)
+                self._note(finished)
 
     async def next_groups(self, count: int) -> list[Group]:
         """Return the next `count` complete groups of training rollouts, in the order in which they became complete."""
-        await self._wait_for(lambda: len(self._complete) >= count, f"{count} complete groups of rollouts")
-        groups = [self._complete.popleft() for _ in range(count)]
-        self.consumed.update(
-            (rollout.rollout_id, rollout.first_offset) for group in groups for rollout in group.rollouts
-        )
-        return groups
+        await self._wait_for(lambda: self._groups.complete >= count, f"{count} complete groups of rollouts")
+        groups = [group for _ in range(count) if (group := self._groups.take()) is not None]
+        return [replace(group, rollouts=tuple(await self._judged(group.rollouts))) for group in groups]
 
     async def wait_ended(self, rollout_ids: Collection[str]) -> list[FinishedRollout]:
         """Return these rollouts once all have ended, in the order given."""
@@ -78,7 +62,7 @@ class RolloutStream:
         await self._wait_for(
             all_ended, f"{len(waiting)} rollouts, {rollout_ids and next(iter(rollout_ids))} among them,"
         )
-        return [self._ended.pop(rollout_id) for rollout_id in rollout_ids]
+        return await self._judged([self._ended.pop(rollout_id) for rollout_id in rollout_ids])
 
     async def carry_out(self, submissions: Sequence[Submission], run_dir: Path) -> list[FinishedRollout]:
         """Submit rollouts and return them, ended, in the order given.
@@ -112,36 +96,28 @@ class RolloutStream:
         )
 
     def saved_state(self) -> dict[str, Any]:
-        """What a checkpoint must keep: where to read on from, and what lies beyond it but was consumed already."""
-        pending = [rollout for rollouts in self._groups.values() for rollout in rollouts]
-        pending += [rollout for group in self._complete for rollout in group.rollouts]
-        low = min([self._assembler.low_offset, *(rollout.first_offset for rollout in pending)])
-        self.consumed = {rollout_id: first for rollout_id, first in self.consumed.items() if first >= low}
-        return {"offset": low, "consumed": self.consumed}
+        """What a checkpoint must keep, as plain values: the groups' Cursor."""
+        return msgspec.to_builtins(self._groups.cursor)
 
-    def _take(self, finished: FinishedRollout) -> None:
+    async def _judged(self, rollouts: Sequence[FinishedRollout]) -> list[FinishedRollout]:
+        return list(rollouts) if self._hooks is None else await self._hooks.judge(rollouts)
+
+    def _note(self, finished: FinishedRollout) -> None:
         self._version_seen = max(self._version_seen, _version_of(finished))
         if finished.labels.get("phase") != TRAIN:
             self._ended[finished.rollout_id] = finished
-        elif finished.rollout_id not in self.consumed:
-            members = self._groups.setdefault(finished.group, [])
-            members.append(finished)
-            if len(members) == self.group_size:
-                # Sorted, so that what is trained on does not depend on which rollout happened to end first.
-                members.sort(key=lambda rollout: rollout.rollout_id)
-                self._complete.append(Group(finished.group, tuple(self._groups.pop(finished.group))))
         self._progress.set()
         self._progress = anyio.Event()
 
-    async def _wait_for(self, condition: Any, what: str) -> None:
+    async def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Wait while rollouts keep ending; give up when none has ended for limit_s."""
         while not condition():
-            with anyio.move_on_after(self.limit_s) as scope:
+            with anyio.move_on_after(self._limit_s) as scope:
                 await self._progress.wait()
             if scope.cancelled_caught:
                 status = await self.bus.status()
                 raise BrokenError(
-                    f"waited {self.limit_s:g} s for {what} and no rollout ended: {status.workers} workers with {status.slots} "
+                    f"waited {self._limit_s:g} s for {what} and no rollout ended: {status.workers} workers with {status.slots} "
                     f"slots are connected, rollouts stand at {status.rollouts}. Start workers, or raise [train] rollout_limit_s."
                 )
 
@@ -165,17 +141,6 @@ def submission(
         overrides=overrides or {},
         labels={"phase": phase, **labels},
     )
-
-
-def scored(rollouts: Sequence[FinishedRollout]) -> tuple[list[ScoredRollout], Counter[str]]:
-    """Return rollouts with their training rows, and why model calls were left out."""
-    result: list[ScoredRollout] = []
-    dropped: Counter[str] = Counter()
-    for rollout in rollouts:
-        made = transitions_of(rollout.rollout_id, rollout.attempt, rollout.group, rollout.spans)
-        dropped += made.dropped
-        result.append(ScoredRollout(rollout.rollout_id, rollout.group, rollout.reward, tuple(made.rows)))
-    return result, dropped
 
 
 def _version_of(finished: FinishedRollout) -> int:

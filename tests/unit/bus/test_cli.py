@@ -29,7 +29,7 @@ from lightning_bus.spans import (
 COMMANDS = [
     "up", "demo", "broker", "gateway", "status", "tail", "spans", "verify", "cursors", "export", "backup", "submit", "wait",
     "cancel", "drain", "resume", "dead list", "dead show", "dead replay", "dead purge",
-    "keys create", "keys list", "keys revoke",
+    "keys create", "keys list", "keys revoke", "replay",
 ]  # fmt: skip
 
 

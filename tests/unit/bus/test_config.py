@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
 
-from lightning_bus.config import BUS_SECTIONS, BrokerSection, RunSection, Section, load, to_toml_table
+from lightning_bus.config import BUS_SECTIONS, BrokerSection, CreditSection, RunSection, Section, load, to_toml_table
 from lightning_bus.errors import ConfigError
 
 
@@ -47,6 +48,14 @@ def test_what_is_written_back_reads_the_same(tmp_path: Path) -> None:
     assert again.sections == file.sections
 
 
+@pytest.mark.parametrize("agents", [["writer", "/^re/"], {"writer": "policy", "pipeline/critic": "critic"}])
+def test_credit_names_agents_or_a_policy_for_each(tmp_path: Path, agents: Any) -> None:
+    text = f'[run]\nname = "x"\n{tomli_w.dumps({"credit": {"rule": "turn", "lambda": 0.9, "agents": agents}})}'
+    file = load(write(tmp_path, text), KINDS)
+    assert file.section(CreditSection) == CreditSection(rule="turn", lambda_=0.9, agents=agents)
+    assert load(write(tmp_path, tomli_w.dumps(to_toml_table(file))), KINDS).sections == file.sections
+
+
 def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
     file = load(write(tmp_path, '[run]\nname = "x"\nseed = 1'), KINDS, {"run": {"seed": 2}, "broker": {"lease_s": 3.0}})
     assert file.run == RunSection(name="x", seed=2)
@@ -61,6 +70,9 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ('[run]\nname = "x"\nseed = "one"', "run.seed: expected `int`, got `str`"),
         ('[run]\nname = "x"\n[brokr]', "unknown section [brokr] (did you mean broker?)"),
         ('[run]\nname = "x"\n[extra.limits]\nrows = 1', "unknown key extra.limits.rows"),
+        ('[run]\nname = "x"\n[credit]\nlamda = 1.0', "unknown key credit.lamda (did you mean lambda?)"),
+        ('[run]\nname = "x"\n[credit]\nrelevance = 2.0', "credit.relevance: expected `float` <= 1.0"),
+        ('[run]\nname = "x"\n[credit]\nrule = "turns"', "Choose from: identical, turn, value, leave_one_out"),
         ("[run\n", "is not TOML"),
     ],
 )

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from lightning_bus.adapters import Episode, ScoredRollout
 from tests.reference.rows import make_rows
 from trainer.data.filters import (
-    ScoredRollout,
     drop_failed,
+    drop_impossible,
     drop_long,
     drop_stale,
     drop_uninformative,
@@ -38,6 +39,32 @@ def test_groups_that_cannot_teach_leave_before_the_batch_is_counted():
     kept = drop_uninformative(rollouts)
     assert [rollout.rollout_id for rollout in kept.items] == ["a", "c"]
     assert kept.dropped == Counter(zero_variance_group=2, singleton_group=1)
+
+
+def earning(name: str, reward: float, *own: float) -> ScoredRollout:
+    return ScoredRollout(name, "g", reward, episode=Episode("g", reward, np.array(own)))
+
+
+def test_a_return_is_the_reward_and_what_turns_earned() -> None:
+    alike, other = earning("a", 1.0, 0.5, 0.0), earning("b", 1.5, 0.0)
+    assert (alike.total, other.total) == (1.5, 1.5)
+    assert drop_uninformative([alike, other]).dropped == Counter(zero_variance_group=2)
+    assert drop_uninformative([alike, other], by_turn=True).items == [alike, other]
+    even = [earning("a", 1.0, 0.0, 0.0), earning("b", 1.0, 0.0)]
+    assert drop_uninformative(even, by_turn=True).dropped == Counter(zero_variance_group=2)
+    assert drop_failed([earning("a", 1.0, float("nan"))]).dropped == Counter(nonfinite_reward=1)
+
+
+def test_what_no_model_can_have_sampled_is_dropped() -> None:
+    whole, negative, greedy, unclear = make_rows(0, [8, 8, 8, 8])
+    ids = negative.token_ids.copy()
+    ids[2] = -5
+    negative = replace(negative, token_ids=ids)
+    greedy = replace(greedy, temperatures=np.zeros(8, np.float32))
+    unclear = replace(unclear, temperatures=np.full(8, np.nan, np.float32))
+    kept = drop_impossible([whole, negative, greedy, unclear])
+    assert kept.items == [whole]
+    assert kept.dropped == Counter(token_id_out_of_range=1, greedy=2)
 
 
 def test_staleness_counts_from_the_oldest_trained_token():

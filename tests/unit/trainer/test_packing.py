@@ -42,12 +42,16 @@ def test_a_row_longer_than_the_budget_is_refused_with_both_numbers():
         plan_packs([0], 64)
 
 
-@given(st.lists(st.integers(2, 20), min_size=1, max_size=12), st.integers(20, 50))
-def test_a_batch_says_of_every_trained_token_what_its_row_says(lengths, budget):
+@given(st.lists(st.integers(2, 20), min_size=1, max_size=12), st.integers(20, 50), st.booleans())
+def test_a_batch_says_of_every_trained_token_what_its_row_says(lengths, budget, by_token):
     rows = make_rows(1, lengths)
     advantages = np.arange(len(rows), dtype=np.float32)
+    expected_of = [np.full(len(row.token_ids), advantage) for row, advantage in zip(rows, advantages, strict=True)]
+    if by_token:
+        expected_of = [advantage + np.arange(len(advantage), dtype=np.float32) / 100 for advantage in expected_of]
+        rows = [replace(row, advantages=advantage) for row, advantage in zip(rows, expected_of, strict=True)]
     found = []
-    for pack in pack_rows(rows, advantages, token_budget=budget):
+    for pack in pack_rows(rows, None if by_token else advantages, token_budget=budget):
         starts = np.cumsum([0, *pack.row_lengths])
         for t in range(pack.num_tokens):
             k = int(pack.row_T[t])
@@ -59,7 +63,7 @@ def test_a_batch_says_of_every_trained_token_what_its_row_says(lengths, budget):
                 assert pack.targets_T[t] == row.token_ids[position + 1]
                 assert pack.logprobs_T[t] == row.logprobs[position + 1]
                 assert pack.temperatures_T[t] == row.temperatures[position + 1]
-                assert pack.advantages_T[t] == advantages[pack.row_indices[k]]
+                assert pack.advantages_T[t] == expected_of[pack.row_indices[k]][position + 1]
                 found.append((pack.row_indices[k], position + 1))
     expected = [(k, int(t)) for k, row in enumerate(rows) for t in np.flatnonzero(row.trained)]
     assert sorted(found) == expected
@@ -99,5 +103,9 @@ def test_rows_that_cannot_be_scored_are_refused():
         pack_rows([replace(row, temperatures=np.zeros(16, np.float32))], [1.0], token_budget=16)
     with pytest.raises(ValueError, match="one per row"):
         pack_rows([row], [1.0, 2.0], token_budget=16)
+    with pytest.raises(ValueError, match="not finite"):
+        pack_rows([row], [float("nan")], token_budget=16)
+    with pytest.raises(ValueError, match="1 of 1 rows carry no advantage"):
+        pack_rows([row], token_budget=16)
     with pytest.raises(ValueError, match="'token' or 'rollout'"):
         pack_rows([row], [1.0], token_budget=16, normalise="turn")  # pyright: ignore[reportArgumentType]

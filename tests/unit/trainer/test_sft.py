@@ -15,7 +15,7 @@ from lightning_bus.adapters import FinishedRollout
 from tests.bus_fixtures import span
 from tests.unit.trainer.serving_fixtures import build_model
 from trainer.algorithms.sft import imitate
-from trainer.config import SftSection, TrainSection
+from trainer.config import PolicySection, SftSection, TrainSection
 from trainer.metrics import MetricsFile
 from trainer.optimize import checkpoint
 from trainer.optimize.optimizer import Optimizer
@@ -61,7 +61,8 @@ class Life(SimpleNamespace):
 
     def __init__(self, directory: Path, dies_at: int = 0) -> None:
         super().__init__(
-            run=SimpleNamespace(run=SimpleNamespace(seed=5)), train=TrainSection(tasks="", held_out="", sft=SFT),
+            run=SimpleNamespace(run=SimpleNamespace(seed=5), section=lambda kind: kind()),
+            policy=PolicySection(model=""), train=TrainSection(tasks="", held_out="", sft=SFT),
             model=build_model(), progress=Progress(), directory=directory, checkpoints=directory / "checkpoints",
             metrics=MetricsFile(directory / "metrics.jsonl"), published=[], dies_at=dies_at,
         )  # fmt: skip
@@ -73,6 +74,9 @@ class Life(SimpleNamespace):
         if self.progress.checkpoints + 1 == self.dies_at:
             raise Died
         Session.checkpoint(self, optimizer)  # pyright: ignore[reportArgumentType]
+
+    async def retain(self) -> None:
+        pass  # which needs the bus
 
     async def publish(self) -> None:
         assert checkpoint.latest(self.checkpoints) is not None

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lightning_bus import AgentError, BrokenError, Client, RolloutEvent, Span, Status, Submission
 from lightning_bus import spans as s
+from lightning_bus.adapters import Cursor
 from lightning_bus.log.codec import encode_event
 from lightning_bus.records import Kind, Record
 from tests.bus_fixtures import broker, span
@@ -50,7 +51,7 @@ class Tape:
 
 @asynccontextmanager
 async def following(bus: Any, state: dict[str, Any], limit_s: float = 20.0) -> AsyncIterator[RolloutStream]:
-    stream = RolloutStream(bus, GROUP_SIZE, state["offset"], limit_s, consumed=dict(state["consumed"]))
+    stream = RolloutStream(bus, GROUP_SIZE, msgspec.convert(state, Cursor), limit_s)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stream.run)
         yield stream
