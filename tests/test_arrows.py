@@ -70,13 +70,16 @@ FLOORS = {
     "lightning_bus.gateway": 6,
     "lightning_bus.otel": 6,
     "lightning_bus.otel.ingest": 4,
+    "lightning_bus.rescoring": 6,
     "lightning_bus": 7,  # the face itself; a new module must be given its floor above
     "lightning_bus.display": 8,
+    "lightning_bus.readiness": 4,
     "lightning_bus.supervisor": 8,
     "lightning_bus.cli_shared": 8,
     "lightning_bus.cli_show": 9,
     "lightning_bus.cli_keys": 10,
     "lightning_bus.cli_queue": 10,
+    "lightning_bus.cli_replay": 9,
     "lightning_bus.cli_tools": 10,
     "lightning_bus.cli": 11,
 }
@@ -94,7 +97,7 @@ PUBLIC = {
     "lightning_bus": set[str](),
 }
 TORCH = frozenset({"torch", "transformers", "safetensors", "flash_attn", "liger_kernel", "peft"})
-TORCH_FREE = ("trainer", "trainer.config", "trainer.metrics", "trainer.cli", "trainer.algorithms.apo")
+TORCH_FREE = ("trainer", "trainer.config", "trainer.metrics", "trainer.cli", "trainer.cli_weights", "trainer.algorithms.apo")
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import httpx
 import tomli_w
 
 from lightning_bus.log.reader import LogReader
@@ -56,6 +57,19 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def adjacent_ports(count: int) -> int:
+    """Return the first of so many neighbouring ports that nobody listens on now."""
+    for first in range(20_000, 30_000, count):
+        with ExitStack() as sockets:
+            try:
+                for number in range(count):
+                    sockets.enter_context(socket.create_server(("127.0.0.1", first + number)))
+            except OSError:
+                continue
+            return first
+    raise AssertionError(f"no {count} neighbouring ports are free")
 
 
 def cli(*argv: str, cwd: Path, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
@@ -98,6 +112,14 @@ class Ring:
             },
         }
         self.agent(AGENT)
+
+    def on_vllm(self, replicas: int = 1) -> None:
+        """Have vLLM serve the policy, in so many replicas, and beside them what is scripted."""
+        first = adjacent_ports(replicas + 1)
+        self.table["gateway"]["upstreams"] = [f"http://127.0.0.1:{first + number}" for number in range(replicas + 1)]
+        self.table["serve"] |= {"engine": "vllm", "bind": f"127.0.0.1:{first}", "replicas": replicas}
+        if not self.table["serve"].get("scripted"):
+            self.table["gateway"]["upstreams"].pop()
 
     def agent(self, source: str) -> None:
         """Make this the agent's source."""
@@ -144,6 +166,14 @@ class Ring:
         wait_until(lambda: not self.pids(stage) & killed, f"the end of {stage}")
         return killed
 
+    def replica(self, number: int, word: str = "") -> set[int]:
+        """Return the processes of a vLLM replica that are alive, or those with this word in their command line."""
+        port = self.table["serve"]["bind"].rpartition(":")[2]
+        mine = self._processes()
+        # Only guard and server name their port, but they and all that descends from them are one session.
+        sessions = {_session(pid) for pid, argv in mine if str(int(port) + number) in argv}
+        return {pid for pid, argv in mine if _session(pid) in sessions - {0} and word in " ".join(argv)}
+
     def metrics(self, phase: str = "") -> list[dict[str, Any]]:
         """Return the whole lines of metrics.jsonl, or those of one phase."""
         try:
@@ -173,7 +203,7 @@ class Ring:
         verified = cli("verify", str(self.run_dir), "--json", cwd=self.cwd)
         assert verified.returncode == 0, verified.stdout + verified.stderr
         assert [line["step"] for line in self.metrics("rl")] == list(range(1, steps + 1))
-        assert not self.pids(), "daemons outlived their run"
+        assert not self._processes(), "something outlived its run"
         summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text(encoding="utf-8"))
         stands = [rollout.status.value for rollout in self.rollouts()]
         assert summary["rollouts_submitted"] == len(stands)
@@ -190,8 +220,9 @@ class Ring:
         if self._up is not None and self._up.poll() is None:
             self._up.kill()
             self._up.wait()
-        for pid in self.pids():
-            os.kill(pid, signal.SIGKILL)
+        for pid, _ in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for left in Path("/dev/shm").glob(
             f"lightning-bus-{self.run_dir.name}-{zlib.crc32(str(self.run_dir).encode()):08x}-*"
         ):
@@ -204,21 +235,56 @@ class Ring:
     def _daemons(self) -> Iterator[tuple[int, str]]:
         """Yield (pid, stage) of every daemon that was started for this run, from the system's own list."""
         run_toml = os.path.join("runs", self.run_dir.name, "run.toml")
+        for pid, argv in self._processes():
+            if "lightning_bus.cli" in argv and any(word.endswith(run_toml) for word in argv) and "up" not in argv:
+                yield pid, argv[argv.index("lightning_bus.cli") + 1]
+
+    def _processes(self) -> list[tuple[int, list[str]]]:
+        """Return (pid, argv) of everything that was started here, and of all that descends from it."""
+        found: list[tuple[int, list[str]]] = []
         for path in Path("/proc").iterdir():
             if not path.name.isdigit():
                 continue
             try:
                 argv = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                here = os.readlink(path / "cwd") == str(self.cwd)
+                if os.readlink(path / "cwd") == str(self.cwd):
+                    found.append((int(path.name), argv))
             except OSError:
                 continue  # it ended meanwhile
-            if (
-                here
-                and "lightning_bus.cli" in argv
-                and any(word.endswith(run_toml) for word in argv)
-                and "up" not in argv
-            ):
-                yield int(path.name), argv[argv.index("lightning_bus.cli") + 1]
+        return found
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def stop_trainer_in_a_push(ring: Ring) -> int:
+    """Stop the trainer (SIGSTOP) while the engine stands still for its weights; return its pid."""
+    engine = ring.table["gateway"]["upstreams"][0]
+    with httpx.Client(base_url=engine, trust_env=False) as client:  # one connection, because the moments are short
+
+        def paused() -> bool:
+            return bool(client.get("/is_paused").json()["is_paused"])
+
+        return stop_trainer_when(ring, paused, paused)
+
+
+def stop_trainer_when(ring: Ring, begins: Callable[[], bool], holds: Callable[[], bool]) -> int:
+    """Stop the trainer (SIGSTOP) at a moment that `begins` announces and that still `holds` once it stands; return its pid."""
+    (trainer,) = ring.pids("train")
+    stat = Path(f"/proc/{trainer}/stat")
+    until_s = time.monotonic() + LIMIT_S
+    while time.monotonic() < until_s:
+        if begins():
+            os.kill(trainer, signal.SIGSTOP)
+            wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", "the trainer to stand")
+            if holds():
+                return trainer
+            os.kill(trainer, signal.SIGCONT)
+    raise AssertionError(f"the moment did not come within {LIMIT_S:g} s")
 
 
 @contextmanager

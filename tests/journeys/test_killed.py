@@ -10,18 +10,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import msgspec
 import pytest
 from safetensors import safe_open
 
 from lightning_bus import POLICY_WEIGHTS, WeightVersion
 from lightning_bus.log.reader import LogReader
-from tests.journeys.ring import LIMIT_S, Ring, wait_until
+from tests.journeys.ring import Ring, stop_trainer_in_a_push, stop_trainer_when
 
 STEPS = 40  # enough that a moment of some milliseconds in each is met, at two or three steps a second
 
@@ -45,32 +42,6 @@ def version_in(checkpoint: Path) -> int:
     with safe_open(checkpoint, framework="np") as opened:
         state = opened.get_tensor("state").tobytes()[4:]  # after its checksum
     return int(msgspec.msgpack.decode(state)["extra"]["version"])
-
-
-def stop_trainer_in_a_push(ring: Ring) -> int:
-    """Stop the trainer (SIGSTOP) while the engine stands still for its weights; return its pid."""
-    engine = ring.table["gateway"]["upstreams"][0]
-    with httpx.Client(base_url=engine, trust_env=False) as client:  # one connection, because the moments are short
-
-        def paused() -> bool:
-            return bool(client.get("/is_paused").json()["is_paused"])
-
-        return stop_trainer_when(ring, paused, paused)
-
-
-def stop_trainer_when(ring: Ring, begins: Callable[[], bool], holds: Callable[[], bool]) -> int:
-    """Stop the trainer (SIGSTOP) at a moment that `begins` announces and that still `holds` once it stands; return its pid."""
-    (trainer,) = ring.pids("train")
-    stat = Path(f"/proc/{trainer}/stat")
-    until_s = time.monotonic() + LIMIT_S
-    while time.monotonic() < until_s:
-        if begins():
-            os.kill(trainer, signal.SIGSTOP)
-            wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", "the trainer to stand")
-            if holds():
-                return trainer
-            os.kill(trainer, signal.SIGCONT)
-    raise AssertionError(f"the moment did not come within {LIMIT_S:g} s")
 
 
 def test_any_process_may_be_killed_and_the_run_ends_and_verifies(ring: Ring) -> None:

@@ -306,7 +306,7 @@ async def test_both_paths_give_equal_transitions_and_calls_hang_from_what_made_t
         spans = await on.spans()
         rewards = [rollout.reward for rollout in await on.bus.query()]
     light, otel = ([span for span in spans if span.rollout_id == each] for each in tracers)
-    rows = [transitions_of("r", 1, "g", each).rows for each in (light, otel)]
+    rows = [transitions_of(each[0].rollout_id, 1, "g", each).rows for each in (light, otel)]
     assert [len(each) for each in rows] == [2, 2]
     for mine, theirs in zip(*rows, strict=True):
         assert mine.token_ids.tolist() == theirs.token_ids.tolist()
