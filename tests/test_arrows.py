@@ -97,7 +97,14 @@ PUBLIC = {
     "lightning_bus": set[str](),
 }
 TORCH = frozenset({"torch", "transformers", "safetensors", "flash_attn", "liger_kernel", "peft"})
-TORCH_FREE = ("trainer", "trainer.config", "trainer.metrics", "trainer.cli", "trainer.cli_weights", "trainer.algorithms.apo")
+TORCH_FREE = (
+    "trainer",
+    "trainer.config",
+    "trainer.metrics",
+    "trainer.cli",
+    "trainer.cli_weights",
+    "trainer.algorithms.apo",
+)
 
 
 @dataclass(frozen=True)

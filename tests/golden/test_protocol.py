@@ -59,6 +59,8 @@ STANDING = m.Standing(
 MARK = ProducerMark(2, 9, [1], b"12345678", [[], [0, 2], []], "r-1", 1)
 END = m.End("r-1", Status.SUCCEEDED, 2, 0.5, "")
 CLAIMS = Claims("r-1", 1, "policy", {"temperature": 0.5})
+ENDS_WALL_S = 1_767_225_600.0
+NAMED_CLAIMS = Claims("", 0, "policy", expires_wall_s=ENDS_WALL_S, name="alice")
 SECRET = bytes(range(32))
 
 MESSAGES: dict[str, tuple[m.Body, list[bytes], dict[str, Any]]] = {
@@ -153,7 +155,7 @@ def golden() -> dict[str, Any]:
         "record": encode_record(RECORD).hex(),
         "event": encode_event(EVENT).hex(),
         "spans": encode_spans([SPAN]).hex(),
-        "token_that_ends": mint(SECRET, msgspec.structs.replace(CLAIMS, expires_wall_s=1_767_225_600.0)),
+        "token_with_a_name": mint(SECRET, NAMED_CLAIMS),
         "standing": msgspec.msgpack.encode(STANDING).hex(),
         "mark": msgspec.msgpack.encode(MARK).hex(),
     }
@@ -187,7 +189,7 @@ def recorded() -> dict[str, Any]:
 
 def test_what_we_write_is_what_was_written_when_version_1_was_made(recorded: dict[str, Any]) -> None:
     written = {name: frames for name, frames in recorded["messages"].items() if name not in GROWN}
-    older = {"token": recorded["token"]}  # from before tokens ended
+    older = {name: recorded[name] for name in ("token", "token_that_ends")}  # from before tokens ended, and had names
     assert {**golden(), **older} == {**recorded, "messages": written}
     assert list(recorded["messages"]) == list(MESSAGES)
 
@@ -225,6 +227,8 @@ def test_old_bytes_are_still_read(recorded: dict[str, Any]) -> None:
     assert decode_record(bytes.fromhex(recorded["record"])) == RECORD
     assert decode_spans(bytes.fromhex(recorded["spans"])) == [SPAN]
     assert check(SECRET, recorded["token"]) == CLAIMS
+    assert check(SECRET, recorded["token_that_ends"]) == msgspec.structs.replace(CLAIMS, expires_wall_s=ENDS_WALL_S)
+    assert check(SECRET, recorded["token_with_a_name"]) == NAMED_CLAIMS
     assert msgspec.msgpack.decode(bytes.fromhex(recorded["standing"]), type=m.Standing) == STANDING
     assert msgspec.msgpack.decode(bytes.fromhex(recorded["mark"]), type=ProducerMark) == MARK
 

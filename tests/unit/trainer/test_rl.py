@@ -241,7 +241,9 @@ async def test_with_a_curriculum_tasks_follow_what_was_learnt_of_them_also_after
     for one in (session, restarted):
         before = len(one.bus.submitted)
         await rl.submit_groups(one, ["x", "y", "z"], 4)
-        assert {each.labels["task_number"] for each in one.bus.submitted[before:]} == {"1"}, "the one that can be learnt from"
+        assert {each.labels["task_number"] for each in one.bus.submitted[before:]} == {"1"}, (
+            "the one that can be learnt from"
+        )
     assert session.bus.submitted[-8:] == restarted.bus.submitted[-8:]
 
 
