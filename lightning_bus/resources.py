@@ -44,11 +44,10 @@ class WeightVersion(msgspec.Struct, frozen=True, kw_only=True):
     parent: int | None
     phase: str  # "init", "sft" or "rl"
     step: int
-    path: str  # of the file that was pushed; its slot is written again two versions later
+    path: str  # where this version stays readable: a checkpoint's file, or a model directory
     checksum: str
     trained: list[TrainedRollout] = []
     metrics: dict[str, float] = {}
-    durable: str = ""  # where this version stays readable: a checkpoint's file, or a model directory
     created_ns: int = 0
 
 

@@ -138,7 +138,7 @@ async def pin(bus: Client, number: int, run_directory: Path | None = None) -> bo
     if run_directory is not None and find_file(version, run_directory) is None:
         await _change_pins(bus, remove=number)
         raise Conflict(
-            f"version {number} cannot be kept: {version.durable or 'its file'} is gone. A run keeps the newest [train] "
+            f"version {number} cannot be kept: {version.path or 'its file'} is gone. A run keeps the newest [train] "
             "keep_checkpoints and what was pinned in time."
         )
     return added
@@ -181,9 +181,9 @@ def find_file(version: WeightVersion, run_directory: Path | None = None) -> Path
 
     A run's directory may have been moved since: what is not where the record says is looked for there.
     """
-    if not version.durable:
+    if not version.path:
         return None
-    said = Path(version.durable)
+    said = Path(version.path)
     places = [said]
     if run_directory is not None:
         places += [run_directory / said, run_directory / "checkpoints" / said.name, run_directory / said.name]
@@ -195,7 +195,7 @@ def file_of(version: WeightVersion, run_directory: Path | None = None) -> Path:
     path = find_file(version, run_directory)
     if path is None:
         raise NotFound(
-            f"the weights of version {version.version} are gone: {version.durable or 'no place was recorded'} does not "
+            f"the weights of version {version.version} are gone: {version.path or 'no place was recorded'} does not "
             "exist. Pin versions that are to stay: lightning-bus weights pin N"
         )
     return path

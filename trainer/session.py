@@ -138,11 +138,10 @@ class Session:
             parent=progress.parent,
             phase=progress.phase,
             step=progress.step,
-            path=str(self._durable.absolute()),
             checksum=await anyio.to_thread.run_sync(weights_checksum, weights),
             trained=msgspec.convert(progress.trained, list[TrainedRollout], strict=False),
             metrics={key: float(value) for key, value in progress.line.items() if isinstance(value, (int, float))},
-            durable=str(self._durable.absolute()),
+            path=str(self._file.absolute()),
             created_ns=wall_ns(),
         )
         known = await self.bus.get(POLICY_WEIGHTS, progress.version)
@@ -201,8 +200,8 @@ class Session:
         self.fleet.close()
 
     @property
-    def _durable(self) -> Path:
-        """Where the current version stays: the checkpoint just written, or for version 0 the first policy."""
+    def _file(self) -> Path:
+        """The file of the current version: the checkpoint just written, or for version 0 the first policy."""
         progress = self.progress
         return (
             checkpoint.path_of(self.checkpoints, progress.checkpoints)

@@ -136,7 +136,7 @@ def _overwrite(model: PreTrainedModel, tensors: Mapping[str, Tensor], version: W
     if {name: tensor.shape for name, tensor in held.items()} != {name: t.shape for name, t in tensors.items()}:
         odd = sorted(name for name in held.keys() | tensors.keys() if _shape(held, name) != _shape(tensors, name))
         raise WeightsRefusedError(
-            f"version {version.version} ({version.durable}) is not of this model: {', '.join(odd[:3])} differ. Serve the "
+            f"version {version.version} ({version.path}) is not of this model: {', '.join(odd[:3])} differ. Serve the "
             "run's own policy."
         )
     with torch.no_grad():

@@ -46,8 +46,8 @@ def address(run_dir: Path) -> Iterator[str]:
                     path.touch()
                 version = WeightVersion(
                     version=number, parent=number - 1 if number else None, phase="rl" if number else "init", step=number,
-                    path="w", checksum=f"crc:{number}", metrics={"reward_mean": number / 10},
-                    durable=str(path if number else run_dir / "policy"), created_ns=wall_ns() - 7200 * 10**9,
+                    path=str(path if number else run_dir / "policy"), checksum=f"crc:{number}",
+                    metrics={"reward_mean": number / 10}, created_ns=wall_ns() - 7200 * 10**9,
                 )  # fmt: skip
                 bus.put(Resource(POLICY_WEIGHTS, number, msgspec.msgpack.encode(version)))
         yield process.address

@@ -34,9 +34,9 @@ from trainer.serving.weights import weights_checksum
 pytestmark = pytest.mark.anyio
 
 
-def version(number: int, durable: str = "", **fields: object) -> WeightVersion:
-    known = {"parent": number - 1 if number else None, "phase": "rl", "step": number, "path": "w", "checksum": "c"}
-    return WeightVersion(version=number, durable=durable, **{**known, **fields})  # pyright: ignore[reportArgumentType]
+def version(number: int, path: str = "", **fields: object) -> WeightVersion:
+    known = {"parent": number - 1 if number else None, "phase": "rl", "step": number, "checksum": "c"}
+    return WeightVersion(version=number, path=path, **{**known, **fields})  # pyright: ignore[reportArgumentType]
 
 
 async def put(bus: Client, *published: WeightVersion) -> None:
@@ -95,7 +95,7 @@ async def test_pins_that_are_set_at_once_are_all_kept(tmp_path: Path) -> None:
 
 async def test_a_version_whose_file_is_gone_cannot_be_pinned(tmp_path: Path) -> None:
     async with broker(tmp_path / "log") as address, Client(address) as bus:
-        await put(bus, version(0, durable=str(tmp_path / "checkpoints" / "step-00000001.safetensors")))
+        await put(bus, version(0, path=str(tmp_path / "checkpoints" / "step-00000001.safetensors")))
         with pytest.raises(Conflict, match="version 0 cannot be kept: .*step-00000001.safetensors is gone"):
             await pin(bus, 0, tmp_path)
         assert await pinned(bus) == frozenset()
@@ -109,7 +109,7 @@ async def test_retention_leaves_what_is_pinned_and_what_is_newest(tmp_path: Path
     ]
     async with broker(tmp_path / "log") as address, Client(address) as bus:
         # The newest version is three checkpoints back: steps without anything to learn from make no version.
-        await put(bus, *(version(number, durable=str(paths[number - 1])) for number in range(1, 4)))
+        await put(bus, *(version(number, path=str(paths[number - 1])) for number in range(1, 4)))
         await pin(bus, 1, tmp_path)
         checkpoint.drop_old(tmp_path / "checkpoints", 2, await files_to_keep(bus, tmp_path))
         assert sorted((tmp_path / "checkpoints").iterdir()) == [paths[0], paths[2], *paths[4:]]
@@ -139,9 +139,9 @@ async def test_the_weights_of_a_version_come_from_its_checkpoint_or_its_model_di
     save_policy(first, build_tokenizer(), tmp_path / "policy")
     path = checkpoint.save(tmp_path / "checkpoints", 1, second, Optimizer(second, lr=1e-2), {"version": 1})
     for model, one in (
-        (first, version(0, durable=str(tmp_path / "policy"))),
-        (second, version(1, durable=str(path))),
-        (second, version(1, durable="/elsewhere/checkpoints/step-00000001.safetensors")),  # the run was moved
+        (first, version(0, path=str(tmp_path / "policy"))),
+        (second, version(1, path=str(path))),
+        (second, version(1, path="/elsewhere/checkpoints/step-00000001.safetensors")),  # the run was moved
     ):
         found, expected = tensors_of(one, tmp_path), dict(named_weights(model))
         assert found.keys() == expected.keys()
@@ -152,7 +152,7 @@ async def test_a_model_directory_that_was_changed_since_is_refused(tmp_path: Pat
     model = build_model(0)
     checksum = weights_checksum(dict(named_weights(model)))
     save_policy(model, build_tokenizer(), tmp_path / "policy")
-    one = version(0, durable=str(tmp_path / "policy"), checksum=checksum)
+    one = version(0, path=str(tmp_path / "policy"), checksum=checksum)
     assert tensors_of(one).keys() == dict(named_weights(model)).keys()
     save_policy(build_model(1), build_tokenizer(), tmp_path / "policy")
     with pytest.raises(ValueError, match=f"version 0 was published with {checksum}: it was changed"):
@@ -163,11 +163,11 @@ async def test_a_file_of_another_version_or_none_is_refused(tmp_path: Path) -> N
     model = build_model()
     path = checkpoint.save(tmp_path / "checkpoints", 1, model, Optimizer(model, lr=1e-2), {"version": 1})
     with pytest.raises(ValueError, match="holds version 1, not 2"):
-        tensors_of(version(2, durable=str(path)))
+        tensors_of(version(2, path=str(path)))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole checkpoint"):
-        tensors_of(version(1, durable=str(path)))
+        tensors_of(version(1, path=str(path)))
     path.unlink()
     with pytest.raises(NotFound, match="weights of version 1 are gone: .*Pin versions that are to stay"):
-        tensors_of(version(1, durable=str(path)), tmp_path)
+        tensors_of(version(1, path=str(path)), tmp_path)
     assert find_file(version(1)) is None

@@ -84,7 +84,7 @@ class History:
     def _record(self, path: Path) -> WeightVersion:
         return WeightVersion(
             version=self.progress.version, parent=self.progress.parent, phase=self.progress.phase,
-            step=self.progress.step, path="w", checksum="c", durable=str(path),
+            step=self.progress.step, path=str(path), checksum="c",
         )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_the_first_policy_can_be_gone_back_to_without_imitating_again(history: H
 def test_a_rollback_can_be_rolled_back(history: History) -> None:
     roll_back(history.directory, history.registry, 1)
     history.known[5] = msgspec.structs.replace(
-        history.known[1], version=5, parent=1, durable=str(checkpoint.latest(history.directory / "checkpoints"))
+        history.known[1], version=5, parent=1, path=str(checkpoint.latest(history.directory / "checkpoints"))
     )
     roll_back(history.directory, history.registry, 4)
     progress, model, _ = history.newest()

@@ -38,9 +38,9 @@ def saved(run: Path, number: int) -> WeightVersion:
     model = build_model(number)
     if number == 0:
         save_policy(model, build_tokenizer(), run / "policy")
-        return version(0, durable=str(run / "policy"))
+        return version(0, path=str(run / "policy"))
     path = checkpoint.save(run / "checkpoints", number, model, Optimizer(model, lr=1.0), {"version": number})
-    return version(number, durable=str(path))
+    return version(number, path=str(path))
 
 
 def holds(model: torch.nn.Module, number: int) -> bool:
@@ -145,7 +145,7 @@ async def test_a_newest_version_that_cannot_be_read_here_is_left_to_the_trainer(
     tmp_path: Path, engine: RemoteEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with broker(tmp_path / "log") as address, Client(address) as bus:
-        await put(bus, saved(tmp_path, 0), version(1, durable="/another/machine/step-00000001.safetensors"))
+        await put(bus, saved(tmp_path, 0), version(1, path="/another/machine/step-00000001.safetensors"))
         assert await Weights(address, tmp_path).bring(engine, SECTION) == "0"
         with pytest.raises(NotFound, match="weights of version 1 are gone"):
             await Weights(address, tmp_path, pinned=1).bring(engine, SECTION)
