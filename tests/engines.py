@@ -182,9 +182,11 @@ def generate_body(ids: list[int], **sampling: Any) -> dict[str, Any]:
     return {"token_ids": ids, "sampling_params": params, "return_token_ids": True}
 
 
-def check_logprobs(logprobs_TV: torch.Tensor, token_ids: list[int], reported: list[float]) -> None:
+def check_logprobs(
+    logprobs_TV: torch.Tensor, token_ids: list[int], reported: list[float], *, near: float = NEAR
+) -> None:
     assert len(token_ids) == len(reported) == len(logprobs_TV)
-    assert reported == pytest.approx(at_tokens(logprobs_TV, token_ids).tolist(), abs=NEAR)
+    assert reported == pytest.approx(at_tokens(logprobs_TV, token_ids).tolist(), abs=near)
 
 
 def at_tokens(logprobs_TV: torch.Tensor, token_ids: list[int]) -> torch.Tensor:

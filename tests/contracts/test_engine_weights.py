@@ -73,7 +73,8 @@ async def test_a_generation_goes_on_across_a_swap_each_part_under_its_own_weight
     models = [(door.weights.parrot, token_ids[:cut]), (door.weights.other, token_ids[cut:])]
     reference_TV = reference_logprobs_TV(models, prompt, 1.0)
     logprobs = [own for part in parts for own in own_logprobs(part)]
-    check_logprobs(reference_TV, token_ids, logprobs)
+    # Of 400 tokens drawn anew each time, the worst may be further off than NEAR; the wrong weights are off by 0.1.
+    check_logprobs(reference_TV, token_ids, logprobs, near=5 * NEAR)
     # Had the keys and values been computed anew, these would be the log-probs: far from those that were reported.
     anew_TV = reference_logprobs_TV([(door.weights.other, token_ids)], prompt, 1.0)
     off = at_tokens(anew_TV, token_ids) - torch.tensor(logprobs)
