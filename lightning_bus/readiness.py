@@ -1,7 +1,8 @@
 """Whether the servers of a run are up: what `up` waits for before it starts what needs them.
 
 Always holds: an engine counts as ready only under weights that have a number, so one that has started but is still
-being brought to the current weights does not.
+being brought to the current weights does not. One that says it is behind waits for the trainer, so it must not hold
+the trainer up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 
 PROBE_LIMIT_S = 2.0
+BEHIND = "behind"
 
 
 async def is_ready(engine: str) -> bool:
@@ -22,8 +24,10 @@ async def is_ready(engine: str) -> bool:
     try:
         async with httpx.AsyncClient(timeout=PROBE_LIMIT_S, trust_env=False) as http:
             info = await http.get(f"{engine}/weight_info")
-            # Other servers of the OpenAI API know nothing of weights that change.
-            return info.status_code == 404 or str(info.json()["weight_version"]).isdecimal()
+            if info.status_code == 404:  # other servers of the OpenAI API know nothing of weights that change
+                return True
+            label = str(info.json()["weight_version"])
+            return label.isdecimal() or label == BEHIND
     except (httpx.HTTPError, ValueError, KeyError):
         return False
 

@@ -3,7 +3,8 @@
     Weights.load_into(model)     the embedded engine: before it exists
     Weights.bring(engine, …)     vLLM: through its control routes, before it is labelled
 
-What always holds: a replica is given a number as its label only with that version's weights in it. While they are on
+What always holds: a replica is given a number as its label only with that version's weights in it; where the newest
+cannot be read, it is called "behind", which nobody calls and the trainer pushes to. While they are on
 their way a newer version may be published, so the registry is asked again before the label is set; what is published
 after that the trainer pushes, because from the label on the replica is the trainer's. The weights are read from where
 the version's record says they stay, never from what the trainer pushed last: that may be gone with the trainer.
@@ -26,7 +27,7 @@ from lightning_bus import Client, NotFound, WeightVersion
 from trainer import registry
 from trainer.config import ServeSection
 from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
-from trainer.serving.remote import RemoteEngine
+from trainer.serving.remote import BEHIND, RemoteEngine
 from trainer.serving.slots import shm_directory, write_weights
 from trainer.serving.weights import served_tensors
 
@@ -66,13 +67,13 @@ class Weights:
     async def load_into(self, model: PreTrainedModel) -> str:
         """Overwrite the model's weights with the wanted ones and return their label; "0" where there are none yet.
 
-        A newest version that cannot be read here leaves the first weights, and says so: the trainer will push.
+        "behind", and a line in the log, for a newest version that cannot be read here: the trainer will push.
         """
         held: str = FIRST
         while (version := await self.wanted()) is not None and str(version.version) != held:
             tensors = await self._read(version)
             if tensors is None:
-                break
+                return BEHIND
             await anyio.to_thread.run_sync(_overwrite, model, tensors, version)
             held = str(version.version)
         return held
@@ -87,6 +88,7 @@ class Weights:
         while (version := await self.wanted()) is not None and str(version.version) != held:
             tensors = await self._read(version)
             if tensors is None:
+                held = BEHIND
                 break
             await _push(engine, section, tensors, str(version.version))
             held = str(version.version)

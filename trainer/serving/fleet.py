@@ -4,8 +4,8 @@
     fleet.push()                   returns once one replica serves them and the others had their chance
     fleet.run()                    beside training: who was slow, away or restarted is caught up
 
-What always holds: a replica is pushed to only while it is ready, which its keeper says by labelling it with a number,
-and by one push at a time; one good replica is enough to go on, none within the limit is a BrokenError; who is behind
+What always holds: a replica is pushed to only once its keeper has handed it over, by labelling it with a number or as
+"behind", and by one push at a time; one good replica is enough to go on, none within the limit is a BrokenError; who is behind
 is known, counted, and said in the log. The first push of a version that a replica serves already proves the way: what
 the replica says about its weights must be the same before and after.
 """
@@ -214,29 +214,29 @@ class Fleet:
         pause_s = LOOK_S
         try:
             while behind := [one for one in group if self._offer is not None and one.version != self._offer.version]:
-                ready = [one for one in behind if await self._is_ready(one)]
-                if not ready or not await self._push(ready):
+                ours = [one for one in behind if await self._is_ours(one)]
+                if not ours or not await self._push(ours):
                     await anyio.sleep(pause_s)
                     pause_s = min(LOOK_MAX_S, 1.5 * pause_s)
         finally:
             self._catching_up.discard(number)
 
-    async def _is_ready(self, one: _Replica) -> bool:
+    async def _is_ours(self, one: _Replica) -> bool:
         if one.refusals >= REFUSALS_MAX:
             return False
-        reason = await one.engine.why_not_ready()
+        reason = await one.engine.why_not_ours()
         if reason:
             self._say(one, reason)
         return not reason
 
-    async def _push(self, ready: Sequence[_Replica]) -> bool:
+    async def _push(self, ours: Sequence[_Replica]) -> bool:
         """Push what is newest now; return whether all took it."""
         offer = self._offer
         assert offer is not None
-        before = {one.engine.url: await self._evidence(one, offer) for one in ready}
-        targets = [Target(one.engine, base=one.version, verify=not one.proven) for one in ready]
+        before = {one.engine.url: await self._evidence(one, offer) for one in ours}
+        targets = [Target(one.engine, base=one.version, verify=not one.proven) for one in ours]
         results = await push(offer, targets, mode=self._mode)
-        for one in ready:
+        for one in ours:
             result = results[one.engine.url]
             if isinstance(result, PushTimes):
                 if await self._prove(one, offer, before[one.engine.url]):

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import anyio
 import httpx
 
-from lightning_bus import monotonic_s
 from trainer.serving.errors import EngineAnsweredError, EngineSilentError, WeightUpdateError
 
 UNFIT = "unfit"  # label of an engine that a push broke: nobody calls it, its keeper restarts it
+BEHIND = "behind"  # of one whose keeper could not read the newest weights: nobody calls it until the trainer has pushed
 CALL_LIMIT_S = 60.0  # of each call; generous for gigabytes, short enough to notice a dead engine
-LOOK_S = 0.2  # between two looks at an engine that is not ready
 PAUSE_MODES = {"keep": "keep", "drain": "wait", "abort": "abort"}  # ours → vLLM's
 
 PushMode = Literal["keep", "drain", "abort"]
@@ -41,29 +39,22 @@ class RemoteEngine:
         return True
 
     async def label(self) -> str:
-        """What the engine calls its weights: a version's number, "default", "unfit"."""
+        """What the engine calls its weights: a version's number, "default", "behind", "unfit"."""
         return str((await self._call("GET", "/weight_info")).json()["weight_version"])
 
-    async def why_not_ready(self) -> str:
-        """ "" when the engine is healthy and serves a published version, else what keeps it from that."""
+    async def ready(self) -> bool:
+        """Whether the engine is healthy and serves a published version, so that it may be called."""
+        return await self.health() and (await self.label()).isdecimal()
+
+    async def why_not_ours(self) -> str:
+        """ "" when the engine is the trainer's to push to, else why it is still its keeper's."""
         try:
             await self._call("GET", "/health")
             label = await self.label()
         except WeightUpdateError as exc:
             return str(exc)
-        return "" if label.isdecimal() else f"its weights are called {label!r}, so it is not current yet"
-
-    async def ready(self) -> bool:
-        """Whether the engine is healthy and serves a published version."""
-        return not await self.why_not_ready()
-
-    async def wait_ready(self, limit_s: float) -> None:
-        """Return once the engine is ready. Raises TimeoutError, saying what it was last."""
-        until_s = monotonic_s() + limit_s
-        while reason := await self.why_not_ready():
-            if monotonic_s() >= until_s:
-                raise TimeoutError(f"{self.url} was not ready within {limit_s:g} s: {reason}. See the engine's log.")
-            await anyio.sleep(LOOK_S)
+        ours = label.isdecimal() or label == BEHIND
+        return "" if ours else f"its weights are called {label!r}, so it is not current yet"
 
     async def set_label(self, label: str) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": label})

@@ -146,7 +146,8 @@ async def test_a_newest_version_that_cannot_be_read_here_is_left_to_the_trainer(
 ) -> None:
     async with broker(tmp_path / "log") as address, Client(address) as bus:
         await put(bus, saved(tmp_path, 0), version(1, path="/another/machine/step-00000001.safetensors"))
-        assert await Weights(address, tmp_path).bring(engine, SECTION) == "0"
+        assert await Weights(address, tmp_path).bring(engine, SECTION) == "behind" == await engine.label()
+        assert not await engine.ready() and not await engine.why_not_ours()
         with pytest.raises(NotFound, match="weights of version 1 are gone"):
             await Weights(address, tmp_path, pinned=1).bring(engine, SECTION)
     assert "version 1 cannot be read here, so the trainer has to push it" in caplog.text
