@@ -85,7 +85,10 @@ class Session:
         self.model: PreTrainedModel = load_policy(self.directory / "policy")
         # Files are named after the run's directory, so that a resumed trainer takes them over.
         transfer = build_transfer(
-            run.section(ServeSection), self.directory, f"lightning-bus-{_name_of(self.directory)}"
+            run.section(ServeSection),
+            self.directory,
+            f"lightning-bus-{_name_of(self.directory)}",
+            limit_s=self.train.push_limit_s,
         )
         self.fleet = Fleet(
             [RemoteEngine(http, url, limit_s=self.train.push_limit_s) for url in engine_urls],

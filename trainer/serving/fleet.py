@@ -29,7 +29,7 @@ from trainer.config import ServeSection
 from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
 from trainer.serving.proof import Evidence, differences, evidence
 from trainer.serving.push import FileTransfer, Offer, PushTimes, Target, Transfer, push
-from trainer.serving.remote import UNFIT, PushMode, RemoteEngine
+from trainer.serving.remote import CALL_LIMIT_S, UNFIT, PushMode, RemoteEngine
 from trainer.serving.slots import WeightDirectory, WeightSlots, shm_directory
 
 ENGINE_LIMIT_S = 180.0  # an engine that restarts and loads a model is back well within this
@@ -294,17 +294,18 @@ class Fleet:
         news.set()
 
 
-def build_transfer(section: ServeSection, directory: Path, name: str) -> Transfer:
+def build_transfer(section: ServeSection, directory: Path, name: str, *, limit_s: float = CALL_LIMIT_S) -> Transfer:
     """How weights travel as [serve] says it.
 
     directory  of the run
     name       of the weight files; no other run on these machines may use it
+    limit_s    for meeting the engines, and for each broadcast, where there are some
     """
     dtype: torch.dtype = getattr(torch, section.dtype)
     if section.transfer == "nccl":
         from trainer.serving.nccl import NcclTransfer
 
-        return NcclTransfer(dtype=dtype)
+        return NcclTransfer(dtype=dtype, limit_s=limit_s)
     if section.transfer == "file":
         return FileTransfer(
             WeightDirectory(Path(section.transfer_directory or directory / "weights"), name), dtype=dtype
