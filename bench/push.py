@@ -110,7 +110,9 @@ async def generate(client: httpx.AsyncClient, url: str, until: asyncio.Event, co
             "token_ids": list(range(5, 37)),
             "sampling_params": {"temperature": 1.0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 0},
         }
-        answer = await client.post(url + "/inference/v1/generate", json=body, timeout=START_LIMIT_S)
+        # A connection of its own: one that idled through a push may be closed by the server as it is used again.
+        headers = {"connection": "close"}
+        answer = await client.post(url + "/inference/v1/generate", json=body, headers=headers, timeout=START_LIMIT_S)
         if answer.status_code == 200:
             counts["came"] += len(answer.json()["choices"][0]["token_ids"])
 
