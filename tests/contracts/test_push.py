@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tests.engines import ServedEngine, build_parrot, load, serve_embedded, serve_vllm
 from tests.unit.trainer.test_serving_weights import Damage, change_a_shape, flip_a_bit, lose_a_name, overwrite, remove
 from trainer.policy.model import named_weights
-from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
+from trainer.serving.errors import EngineAnsweredError, WeightsRefusedError, WeightUpdateError
 from trainer.serving.fleet import Fleet
 from trainer.serving.proof import differences, evidence
 from trainer.serving.push import FileOffer, FileTransfer, PushTimes, Target, push, push_adapter
@@ -151,8 +151,11 @@ async def test_only_the_layers_that_changed_are_loaded(
 async def test_an_adapter_is_pushed_in_place_of_the_one_before(
     engine: RemoteEngine, served: ServedEngine, directory: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    if served.kind == "embedded":
-        pytest.skip("the embedded engine serves whole models")
+    if served.kind == "embedded":  # it serves whole models: an adapter is refused, and it goes on
+        with pytest.raises(EngineAnsweredError, match="404"):
+            await push_adapter(engine, "policy-lora", tmp_path, "41")
+        assert not await engine.is_paused() and await engine.health()
+        return
     await push(FileTransfer(WeightSlots(tmp_path, "run")).offer(weights, "40"), [Target(engine)])
     name = "model.layers.0.self_attn.q_proj"
     for version, seed in (("41", 0), ("42", 1)):

@@ -1,4 +1,4 @@
-"""Do engines hold what was sent? Proved with the first push, and whenever somebody asks.
+"""Does an engine hold what was sent? Proved with the first push.
 
     before = await evidence(engine)      # it serves version 7, loaded from disk
     push version 7 again                 # the same weights, the trainer's way
@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.serving.errors import EngineAnsweredError, WeightUpdateError
+from trainer.serving.errors import EngineAnsweredError
 from trainer.serving.remote import RemoteEngine
 
 PROMPT = list(range(1, 17))  # ids that every vocabulary has
@@ -47,18 +47,6 @@ async def differences(engine: RemoteEngine, before: Evidence) -> list[str]:
         if _same(continuation, before.continuation):
             return found
     return [*found, "the continuation of a fixed prompt"]
-
-
-async def compare_replicas(engines: Sequence[RemoteEngine]) -> dict[str, list[str]]:
-    """Return for each engine's URL what it says otherwise than the first; engines with other labels do not compare.
-
-    Raises WeightUpdateError when one does not answer, or when they serve different versions.
-    """
-    labels = {engine.url: await engine.label() for engine in engines}
-    if len(set(labels.values())) > 1:
-        raise WeightUpdateError(f"replicas serve different versions, so they cannot be compared: {labels}. Try again.")
-    first = await evidence(engines[0])
-    return {engine.url: [] if engine is engines[0] else await differences(engine, first) for engine in engines}
 
 
 async def _continuation(engine: RemoteEngine) -> list[tuple[int, float]]:

@@ -17,9 +17,8 @@ from lightning_bus import BrokenError
 from tests.unit.trainer.engine_stub import EngineStub, client_of, engine_of
 from trainer.config import ServeSection
 from trainer.serving import fleet as module
-from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
+from trainer.serving.errors import WeightsRefusedError
 from trainer.serving.fleet import Fleet, FleetTimes, build_transfer
-from trainer.serving.proof import compare_replicas
 from trainer.serving.push import FileTransfer
 from trainer.serving.slots import WeightSlots
 
@@ -193,21 +192,6 @@ async def test_the_first_push_of_what_is_served_already_must_change_nothing(tmp_
         ):
             await push(fleet, TENSORS, "0")
     assert stub.label == "unfit"
-
-
-async def test_replicas_are_compared_with_one_another_on_demand() -> None:
-    stubs = [EngineStub(f"http://engine-{at}", label="3") for at in range(3)]
-    stubs[1].checksums = {"w": "another"}
-    async with client_of(*stubs) as client:
-        engines = [engine_of(client, stub) for stub in stubs]
-        assert await compare_replicas(engines) == {
-            "http://engine-0": [],
-            "http://engine-1": ["w"],
-            "http://engine-2": [],
-        }
-        stubs[2].label = "2"
-        with pytest.raises(WeightUpdateError, match="serve different versions"):
-            await compare_replicas(engines)
 
 
 async def test_frozen_layers_are_left_out_for_who_has_them(tmp_path: Path) -> None:
