@@ -183,8 +183,8 @@ class Bus:
         return None
 
     @property
-    def spans(self) -> list[Span]:
-        return [span for _, _, spans in self.appended for span in spans]
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(span for _, _, spans in self.appended for span in spans)
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def test_a_stream_that_a_pause_cuts_off_goes_on(world: World) -> None:
     asked: dict[str, Any] = {"model": "policy", "messages": [QUESTION], "max_tokens": TOKENS, "temperature": 1.0}
     # A quick engine may have made all tokens before the pause is there. Each stream is whole; one must have been cut off.
     for _ in range(CUT_TRIES):
-        world.bus.spans.clear()
+        world.bus.appended.clear()
         stream = world.client().chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True})
         next(iter(stream))
         cut_off(world)

@@ -117,7 +117,7 @@ def test_anthropic_tokens_are_counted_by_the_engine_and_not_recorded(world: Worl
     counted = world.anthropic().messages.count_tokens(model="policy", messages=QUESTION)
     assert counted.input_tokens == len(PROMPT_IDS)
     assert world.engine.requests[0]["max_tokens"] == 1
-    assert world.bus.spans == []
+    assert world.bus.spans == ()
 
 
 def test_an_anthropic_client_lists_models_and_may_have_the_other_clients_base_url(world: World) -> None:
