@@ -13,6 +13,7 @@ import anyio
 import httpx
 
 from trainer.serving.errors import WeightUpdateError
+from trainer.serving.proof import CONTINUATION, TRIES, Evidence, compare, evidence
 from trainer.serving.remote import RemoteEngine
 
 T = TypeVar("T")
@@ -33,12 +34,16 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What came of comparing replicas, by URL. `differing` names the tensors on which those of one version differ."""
+    """What came of comparing replicas, by URL.
+
+    `differing` names the tensors on which those of one version differ, and, last, the continuation of a fixed prompt.
+    """
 
     versions: dict[str, str] = field(default_factory=dict[str, str])
     errors: dict[str, str] = field(default_factory=dict[str, str])
     differing: list[str] = field(default_factory=list[str])
     tensors: int = 0
+    continued: bool = False  # whether the engines could be asked to continue a prompt
 
     @property
     def agree(self) -> bool:
@@ -52,11 +57,12 @@ class Comparison:
                 f"not compared: {len(self.errors)} of {len(self.errors) + len(self.versions)} replicas did not answer"
             )
         if self.differing:
-            shown = ", ".join(self.differing[:3])
-            return f"{len(self.differing)} of {self.tensors} tensors differ ({shown} …): restart the replicas"
+            shown = ", ".join(self.differing[:3]) + (" …" if len(self.differing) > 3 else "")
+            return f"replicas of one version differ in {len(self.differing)} things ({shown}): restart them"
         if len(set(self.versions.values())) > 1:
             return f"replicas serve versions {', '.join(sorted(set(self.versions.values())))}: an update is under way, or one is behind"
-        return f"all {len(self.versions)} hold the same {self.tensors} tensors"
+        alike = " and continue a prompt alike" if self.continued else ""
+        return f"all {len(self.versions)} hold the same {self.tensors} tensors{alike}"
 
 
 async def ask_replicas(urls: Sequence[str]) -> list[Replica]:
@@ -70,30 +76,42 @@ async def ask_replicas(urls: Sequence[str]) -> list[Replica]:
 
 
 async def compare_replicas(urls: Sequence[str]) -> Comparison:
-    """Return whether the replicas hold the same weights, tensor by tensor. They should be of one kind of engine."""
+    """Return whether the replicas hold the same weights, tensor by tensor. They should be of one kind of engine.
 
-    async def ask(engine: RemoteEngine) -> tuple[str, dict[str, str]]:
+    Checksums alone would pass over what an engine has packed: vLLM keeps no tensor to sum up of its linear layers on a
+    CPU. So each also continues a fixed prompt.
+    """
+    for _ in range(TRIES - 1):
+        found = await _compared(urls)
+        if found.differing != [CONTINUATION]:
+            return found
+    return await _compared(urls)
+
+
+async def _compared(urls: Sequence[str]) -> Comparison:
+    async def ask(engine: RemoteEngine) -> tuple[str, Evidence]:
         # The label twice: an update in between would compare tensors of two versions.
         for _ in range(3):
-            label, checksums = await engine.label(), await engine.checksums()
+            label, said = await engine.label(), await evidence(engine)
             if await engine.label() == label:
-                return label, checksums
+                return label, said
         raise WeightUpdateError(f"{engine.url} took new weights each time it was asked for its checksums. Ask again.")
 
     answers = await _each(urls, ask, CHECKSUM_LIMIT_S)
     held = {url: one for url, one in answers.items() if not isinstance(one, Exception)}
-    by_version: dict[str, list[dict[str, str]]] = {}
-    for label, checksums in held.values():
-        by_version.setdefault(label, []).append(checksums)
+    by_version: dict[str, list[Evidence]] = {}
+    for label, said in held.values():
+        by_version.setdefault(label, []).append(said)
     differing: set[str] = set()
     for first, *others in by_version.values():
         for other in others:
-            differing |= {name for name in first.keys() | other.keys() if first.get(name) != other.get(name)}
+            differing.update(compare(first, other))
     return Comparison(
         versions={url: label for url, (label, _) in held.items()},
         errors={url: str(one) for url, one in answers.items() if isinstance(one, Exception)},
-        differing=sorted(differing),
-        tensors=max((len(checksums) for _, checksums in held.values()), default=0),
+        differing=sorted(differing, key=lambda name: (name == CONTINUATION, name)),
+        tensors=max((len(said.checksums) for _, said in held.values()), default=0),
+        continued=all(said.continuation for _, said in held.values()),
     )
 
 

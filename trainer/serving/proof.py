@@ -22,6 +22,7 @@ PROMPT = list(range(1, 17))  # ids that every vocabulary has
 TOKENS = 4
 LOGPROB_TOLERANCE = 0.05  # another batch size picks another kernel, wrong weights are off by whole nats
 TRIES = 3  # before a continuation counts as different: greedy decoding may fall either way at a tie
+CONTINUATION = "the continuation of a fixed prompt"  # among the names of tensors that differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,19 @@ async def evidence(engine: RemoteEngine) -> Evidence:
 
 async def differences(engine: RemoteEngine, before: Evidence) -> list[str]:
     """Return what the engine now says otherwise than `before`; empty when it holds the same weights."""
-    checksums = await engine.checksums()
-    names = checksums.keys() | before.checksums.keys()
-    found = sorted(name for name in names if checksums.get(name) != before.checksums.get(name))
+    after = Evidence(await engine.checksums(), [])
     for _ in range(TRIES):
-        continuation = await _continuation(engine)
-        if _same(continuation, before.continuation):
-            return found
-    return [*found, "the continuation of a fixed prompt"]
+        after = Evidence(after.checksums, await _continuation(engine))
+        if CONTINUATION not in compare(before, after):
+            break
+    return compare(before, after)
+
+
+def compare(left: Evidence, right: Evidence) -> list[str]:
+    """Return what two engines, or one at two times, say otherwise: names of tensors, and CONTINUATION last."""
+    names = left.checksums.keys() | right.checksums.keys()
+    found = sorted(name for name in names if left.checksums.get(name) != right.checksums.get(name))
+    return found if _same(left.continuation, right.continuation) else [*found, CONTINUATION]
 
 
 async def _continuation(engine: RemoteEngine) -> list[tuple[int, float]]:

@@ -116,7 +116,7 @@ def test_what_needs_a_broker_says_so_and_what_does_not_goes_on_without(
 def test_checking_compares_what_replicas_hold(said: Said) -> None:
     with serving(Stub("3", a="1").app()) as one, serving(Stub("3", a="2").app()) as other:
         assert "all 1 hold the same 1 tensors" in said("check", "--engine", one)
-        assert "1 of 1 tensors differ (a …): restart the replicas" in said(
+        assert "replicas of one version differ in 1 things (a): restart them" in said(
             "check", "--engine", one, "--engine", other, code=1
         )
         assert json.loads(said("check", "--engine", one, "--engine", other, "--json", code=1))["differing"] == ["a"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -19,10 +19,14 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody listens
 
 
 class Stub:
-    """A replica that says what it is told to say. `labels` are given in turn, the last one for ever."""
+    """A replica that says what it is told to say. `labels` and `logprobs` are given in turn, the last one for ever.
 
-    def __init__(self, *labels: str, healthy: bool = True, **checksums: str) -> None:
+    logprobs  of the one token with which it continues a prompt; without any it has no such route
+    """
+
+    def __init__(self, *labels: str, healthy: bool = True, logprobs: Sequence[float] = (), **checksums: str) -> None:
         self.labels, self.healthy, self.checksums = list(labels), healthy, checksums
+        self.logprobs = list(logprobs)
 
     def app(self) -> Starlette:
         async def info(request: Request) -> Response:
@@ -35,11 +39,18 @@ class Stub:
             assert (await request.json())["action"] == "checksum"
             return JSONResponse({"checksums": self.checksums})
 
+        async def generate(request: Request) -> Response:
+            if not self.logprobs:
+                return Response(status_code=404)
+            logprob = self.logprobs.pop(0) if len(self.logprobs) > 1 else self.logprobs[0]
+            return JSONResponse({"choices": [{"logprobs": {"content": [{"token_id": 7, "logprob": logprob}]}}]})
+
         return Starlette(
             routes=[
                 Route("/weight_info", info),
                 Route("/health", health),
                 Route("/weight_checker", checker, methods=["POST"]),
+                Route("/inference/v1/generate", generate, methods=["POST"]),
             ]
         )
 
@@ -73,7 +84,16 @@ async def test_a_tensor_that_differs_or_is_missing_is_named() -> None:
     held = await compared(Stub("3", a="1", b="2"), Stub("3", a="9", b="2"), Stub("3", a="1"))
     assert not held.agree
     assert held.differing == ["a", "b"]
-    assert held.verdict() == "2 of 2 tensors differ (a, b …): restart the replicas"
+    assert held.verdict() == "replicas of one version differ in 2 things (a, b): restart them"
+
+
+async def test_weights_that_no_checksum_covers_are_told_by_what_they_say() -> None:
+    packed = await compared(Stub("3", a="1", logprobs=[-1.0]), Stub("3", a="1", logprobs=[-1.3]))
+    assert packed.differing == ["the continuation of a fixed prompt"]
+    same = await compared(Stub("3", a="1", logprobs=[-1.0]), Stub("3", a="1", logprobs=[-1.01]))
+    assert same.verdict() == "all 2 hold the same 1 tensors and continue a prompt alike"
+    # Greedy decoding may fall either way at a tie: a difference that goes away is none.
+    assert (await compared(Stub("3", a="1", logprobs=[-1.0]), Stub("3", a="1", logprobs=[-1.3, -1.0]))).agree
 
 
 async def test_replicas_of_two_versions_do_not_agree_and_are_not_called_broken() -> None:
