@@ -1,15 +1,16 @@
 """How many model calls a second come out of the log as typed records?
 
-From LMDB to `ModelCall` with numpy arrays: LogReader, checksum, decode_spans, model_call; one process, one thread, a
+From LMDB to `ModelCall`: LogReader, checksum, decoding, and whether each can be trained on; one process, one thread, a
 log in the page cache. And the same over Client.follow from a broker in its own process. `calls_per_s` has one span a
 record, as the gateway writes them; `…_20` has 20.
 
-The floor is per core, so it is compared with calls per second of processor time. On a machine that does nothing else
-`calls_per_s`, by the clock, is the same; beside other work it is what the other work left over.
+The floors are per core, so they are compared with calls per second of processor time. On a machine that does nothing
+else `calls_per_s`, by the clock, is the same; beside other work it is what the other work left over.
 
-And as transitions: a log of rollouts of three turns each, one span a record, through a TransitionStream into scored
-groups with advantages (`transitions_per_s`) and on into training rows (`replay_s`, of all rollouts), against the
-obvious loop over spans, on lists of tokens, over the first tenth of the same log (`transitions_ratio`).
+And as transitions. `transitions_per_cpu_s`: a log of finished rollouts through a TransitionStream into scored groups,
+rollouts of 3 calls with one span a record, and (`…_20`) of 20 calls in one record. `replay_s`: all rollouts of the
+first log, from the log to training rows with their advantages; `replay_ratio`: how many times as fast as the obvious
+loop over spans, on lists of tokens, which takes a tenth of the same log.
 
     python -m bench.read --json          some minutes; the last line is one JSON object
     python -m bench.read --rollouts 10000 --json
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,19 +32,19 @@ import msgspec
 import numpy as np
 
 from bench import common
-from lightning_bus import Client, Kind, Record, RolloutEvent, Span, decode_spans, is_model_call, model_call
+from lightning_bus import Client, Kind, Record, RolloutEvent, Span, decode_event, decode_spans, is_model_call
 from lightning_bus import spans as s
-from lightning_bus.adapters import Assembler, FinishedRollout, MergeStats, TransitionStream, call_advantages
+from lightning_bus.adapters import MergeStats, TransitionStream, call_advantages
 from lightning_bus.log.codec import encode_event
 from lightning_bus.log.reader import LogReader
 from lightning_bus.log.store import LogWriter
-from lightning_bus.spans import encode_spans
+from lightning_bus.spans import RecordedSpans, encode_spans, why_untrainable
 
 CHUNKS = (1, 20)  # spans a record
 CALLS_PER_SECOND = 20_000  # written to the log for each second of measuring
 MAP_BYTES_MAX = 1 << 36
 CALLS_PER_S_FLOOR = 100_000
-ROLLOUTS, TURNS, GROUP = 100_000, 3, 8
+ROLLOUTS, TURNS, CALLS_OF_20, GROUP = 100_000, 3, 20, 8
 GROUPS = 8  # that are credited together, as the trainer does
 OBVIOUS_SHARE = 10  # the obvious loop takes a tenth of the log; it would take most of the benchmark's time otherwise
 
@@ -66,9 +67,9 @@ def fill(directory: Path, calls: int, per_record: int) -> None:
 
 
 def typed(record: Record) -> int:
-    """Make every span of a record a ModelCall; return how many there were."""
-    calls = [model_call(span) for span in decode_spans(record.body)]
-    assert not calls[0].untrainable
+    """Make every span of a record a ModelCall that can be trained on; return how many there were."""
+    calls = RecordedSpans([record.body]).calls
+    assert not any(why_untrainable(calls))
     return len(calls)
 
 
@@ -114,23 +115,28 @@ async def read_fetch(address: str, calls: int, reading: Reading) -> None:
 # -- transitions ------------------------------------------------------------------------------------------------------
 
 
-def conversation(seed: int) -> list[Span]:
-    """Return the calls of one rollout: every prompt continues the turn before it, with a tool's 20 tokens between."""
+def agent(seed: int, calls: int) -> list[Span]:
+    """Return the calls of one rollout: conversations of three turns, each going on from the turn before it."""
     rng = np.random.default_rng(seed)
+    made: list[Span] = []
     prompt = rng.integers(0, 32_000, 40)
-    calls: list[Span] = []
-    for turn in range(TURNS):
-        made = common.model_call_span(seed * TURNS + turn)
-        response = np.frombuffer(made.attributes[s.RESPONSE_IDS], "<u4")
-        attributes = {**made.attributes, s.PROMPT_IDS: s.pack_ids(prompt)}
-        calls.append(msgspec.structs.replace(made, attributes=attributes, start_ns=turn + 1, end_ns=turn + 2))
-        prompt = np.concatenate([prompt, response, rng.integers(0, 32_000, 20)])
-    return calls
+    for number in range(calls):
+        if number % TURNS == 0:
+            prompt = rng.integers(0, 32_000, 40)
+        one = common.model_call_span(seed * calls + number)
+        response = np.frombuffer(one.attributes[s.RESPONSE_IDS], "<u4")
+        attributes = {**one.attributes, s.PROMPT_IDS: s.pack_ids(prompt)}
+        made.append(msgspec.structs.replace(one, attributes=attributes, start_ns=number + 1, end_ns=number + 2))
+        prompt = np.concatenate([prompt, response, rng.integers(0, 32_000, 20)])  # what a tool said
+    return made
 
 
-def fill_rollouts(directory: Path, rollouts: int) -> None:
+def fill_rollouts(directory: Path, rollouts: int, calls: int, per_record: int) -> None:
     """Write the log of finished rollouts, as a broker would."""
-    bodies = [[encode_spans([call]) for call in conversation(seed)] for seed in range(50)]
+    bodies: list[list[bytes]] = []
+    for seed in range(50):
+        spans = agent(seed, calls)
+        bodies.append([encode_spans(spans[at : at + per_record]) for at in range(0, calls, per_record)])
     log = LogWriter(directory, map_bytes_max=MAP_BYTES_MAX)
     records: list[Record] = []
 
@@ -139,12 +145,10 @@ def fill_rollouts(directory: Path, rollouts: int) -> None:
 
     for number in range(rollouts):
         rollout_id, group = f"r-{number}", f"g-{number // GROUP}"
-        for what, status in (("submit", "queued"), ("lease", "leased")):
-            add(
-                Kind.ROLLOUT, rollout_id, int(what == "lease"), 0, encode_event(RolloutEvent(what, status, group=group))
-            )
+        for attempt, (what, status) in enumerate((("submit", "queued"), ("lease", "leased"))):
+            add(Kind.ROLLOUT, rollout_id, attempt, 0, encode_event(RolloutEvent(what, status, group=group)))
         for body in bodies[number % len(bodies)]:
-            add(Kind.SPANS, rollout_id, 1, 1, body)
+            add(Kind.SPANS, rollout_id, 1, per_record, body)
         end = RolloutEvent("succeed", "succeeded", group=group, reward=float(number % 3 == 0))
         add(Kind.ROLLOUT, rollout_id, 1, 0, encode_event(end))
         if len(records) >= 512:
@@ -154,82 +158,101 @@ def fill_rollouts(directory: Path, rollouts: int) -> None:
     log.close()
 
 
-def finished(directory: Path) -> Generator[FinishedRollout]:
-    assembler = Assembler()
+def stream(directory: Path) -> int:
+    """Make every call of the log a scored transition; return how many there were."""
     with LogReader(directory) as log:
-        for record in log.records():
-            rollout = assembler.feed(record)
-            if rollout is not None:
-                yield rollout
+        made = (one.transitions for group in TransitionStream(group_size=GROUP).read(log) for one in group.rollouts)
+        return sum(len(each.turns) for each in made if each is not None)
 
 
-def transitions(directory: Path, *, rows: bool) -> tuple[int, MergeStats]:
-    """Make every call of the log a transition with its advantage, and those training rows if asked; return how many calls."""
-    calls, merged = 0, MergeStats()
+def replay(directory: Path) -> MergeStats:
+    """Make the log training rows with their advantages; return what merging saved."""
+    merged = MergeStats()
     with LogReader(directory) as log:
         groups = TransitionStream(group_size=GROUP).read(log)
         while step := [rollout for group in islice(groups, GROUPS) for rollout in group.rollouts]:
             made = [rollout.transitions for rollout in step if rollout.transitions is not None]
             episodes = [rollout.episode for rollout in step if rollout.episode is not None]
             for one, advantages_T in zip(made, call_advantages(episodes), strict=True):
-                calls += len(one.turns)
-                if rows:
-                    merged += one.merged
-                    advantage_of = dict(zip([turn.span_id for turn in one.turns], advantages_T.tolist(), strict=True))
-                    assert all(row.with_advantages(advantage_of).trained.any() for row in one.rows)
-    return calls, merged
+                merged += one.merged
+                advantage_of = dict(zip([turn.span_id for turn in one.turns], advantages_T.tolist(), strict=True))
+                assert all(row.with_advantages(advantage_of).trained.any() for row in one.rows)
+    return merged
 
 
-def obvious(rollouts: Iterable[FinishedRollout]) -> int:
-    """The loop that one writes first: lists of tokens, a mask and log-probs beside them, joined turn by turn."""
-    calls = 0
-    for rollout in rollouts:
-        tokens: list[int] = []
-        mask: list[bool] = []
-        logprobs: list[float] = []
-        for span in rollout.spans:
-            if not is_model_call(span):
+def obvious(directory: Path, rollouts: int) -> int:
+    """The loop that one writes first: every span decoded, lists of tokens, a mask and log-probs beside them, joined."""
+    calls, ended = 0, 0
+    spans_of: dict[str, list[Span]] = {}
+    with LogReader(directory) as log:
+        for record in log.records():
+            if record.kind is Kind.SPANS:
+                spans_of.setdefault(record.rollout_id, []).extend(decode_spans(record.body))
                 continue
-            calls += 1
-            prompt = [int(one) for one in np.frombuffer(span.attributes[s.PROMPT_IDS], "<u4")]
-            response = [int(one) for one in np.frombuffer(span.attributes[s.RESPONSE_IDS], "<u4")]
-            said = [float(one) for one in np.frombuffer(span.attributes[s.LOGPROBS], "<f4")]
-            assert prompt[: len(tokens)] == tokens
-            between = len(prompt) - len(tokens)
-            tokens = prompt + response
-            mask = mask + [False] * between + [True] * len(response)
-            logprobs = logprobs + [0.0] * between + said
-        advantages = [(rollout.reward or 0.0) if sampled else 0.0 for sampled in mask]
-        assert len(advantages) == len(tokens) == len(logprobs)
+            reward = decode_event(record).reward
+            if reward is None:
+                continue
+            tokens: list[int] = []
+            mask: list[bool] = []
+            logprobs: list[float] = []
+            for span in filter(is_model_call, spans_of.pop(record.rollout_id)):
+                calls += 1
+                prompt = [int(one) for one in np.frombuffer(span.attributes[s.PROMPT_IDS], "<u4")]
+                response = [int(one) for one in np.frombuffer(span.attributes[s.RESPONSE_IDS], "<u4")]
+                said = [float(one) for one in np.frombuffer(span.attributes[s.LOGPROBS], "<f4")]
+                assert prompt[: len(tokens)] == tokens
+                between = len(prompt) - len(tokens)
+                tokens = prompt + response
+                mask = mask + [False] * between + [True] * len(response)
+                logprobs = logprobs + [0.0] * between + said
+            advantages = [reward if sampled else 0.0 for sampled in mask]
+            assert len(advantages) == len(tokens) == len(logprobs)
+            ended += 1
+            if ended == rollouts:
+                break
     return calls
 
 
-def measure_transitions(directory: Path, rollouts: int, runs: int) -> dict[str, Any]:
-    rollouts -= rollouts % GROUP  # whole groups: a stream waits for the rest of others
-    fill_rollouts(directory, rollouts)
-    expected = rollouts * TURNS
-    made, loop, replay_s, merged = Reading(), Reading(), list[float](), MergeStats()
-    transitions(directory, rows=False)  # into the page cache
+def measure_stream(directory: Path, rollouts: int, runs: int, calls: int, per_record: int) -> Reading:
+    fill_rollouts(directory, rollouts, calls, per_record)
+    made = Reading()
+    assert stream(directory) == rollouts * calls  # and it is in the page cache
     for _ in range(runs):
-        with made.timed(expected):
-            assert transitions(directory, rows=False)[0] == expected
+        with made.timed(rollouts * calls):
+            stream(directory)
+    return made
+
+
+def measure_transitions(directory: Path, rollouts: int, runs: int) -> dict[str, Any]:
+    rollouts -= rollouts % (GROUP * OBVIOUS_SHARE)  # whole groups: a stream waits for the rest of others
+    few = max(GROUP, rollouts * TURNS // CALLS_OF_20 // GROUP * GROUP)  # as many calls, in fewer rollouts
+    singles = measure_stream(directory / "singles", rollouts, runs, TURNS, 1)
+    together = measure_stream(directory / "together", few, runs, CALLS_OF_20, 20)
+    shutil.rmtree(directory / "together")
+    replays, loop, replay_s, merged = Reading(), Reading(), list[float](), MergeStats()
+    for _ in range(runs):
         began = time.perf_counter()
-        _, merged = transitions(directory, rows=True)
+        with replays.timed(rollouts):
+            merged = replay(directory / "singles")
         replay_s.append(time.perf_counter() - began)
-        with loop.timed(expected // OBVIOUS_SHARE):
-            assert obvious(islice(finished(directory), rollouts // OBVIOUS_SHARE)) == expected // OBVIOUS_SHARE
-    ratios = [ours / theirs for ours, theirs in zip(made.per_cpu_s, loop.per_cpu_s, strict=True)]
-    return {
-        "transitions_per_s": common.median(made.per_s),
-        "transitions_per_cpu_s": common.median(made.per_cpu_s),
-        "transitions_per_cpu_s_spread": common.spread(made.per_cpu_s),
-        "transitions_ratio": common.median(ratios, 2),
-        "obvious_per_cpu_s": common.median(loop.per_cpu_s),
+        with loop.timed(rollouts // OBVIOUS_SHARE):
+            assert obvious(directory / "singles", rollouts // OBVIOUS_SHARE) == rollouts // OBVIOUS_SHARE * TURNS
+    ratios = [ours / theirs for ours, theirs in zip(replays.per_cpu_s, loop.per_cpu_s, strict=True)]
+    result: dict[str, Any] = {}
+    for reading, suffix in ((singles, ""), (together, "_20")):
+        result[f"transitions_per_s{suffix}"] = common.median(reading.per_s)
+        result[f"transitions_per_cpu_s{suffix}"] = common.median(reading.per_cpu_s)
+        result[f"transitions_per_cpu_s{suffix}_spread"] = common.spread(reading.per_cpu_s)
+    return result | {
         "merge_ratio": round(merged.merge_ratio, 2),
         "rows_per_rollout": merged.rows_per_rollout,
         "replay_rollouts": rollouts,
         "replay_s": common.median(replay_s, 1),
         "replay_s_spread": common.spread(replay_s, 1),
+        "replay_rollouts_per_cpu_s": common.median(replays.per_cpu_s),
+        "obvious_rollouts_per_cpu_s": common.median(loop.per_cpu_s),
+        "replay_ratio": common.median(ratios, 2),
+        "replay_ratio_spread": common.spread(ratios, 2),
     }
 
 
@@ -259,7 +282,8 @@ def main() -> None:
         summary |= local[chunk].figures("", suffix) | fetched[chunk].figures("fetch_", suffix)
     summary |= replayed
     summary["calls_per_s_floor"] = CALLS_PER_S_FLOOR
-    summary["ok"] = summary["calls_per_cpu_s"] >= CALLS_PER_S_FLOOR
+    floored = [summary[name] for name in ("calls_per_cpu_s", "transitions_per_cpu_s")]
+    summary["ok"] = all(value >= CALLS_PER_S_FLOOR for value in floored)
     common.finish(summary, options.json)
 
 

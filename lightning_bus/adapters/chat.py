@@ -11,6 +11,7 @@ The rows load with Hugging Face's `datasets` and are what TRL calls conversation
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, cast
@@ -49,7 +50,7 @@ class Conversation:
     call: Span
 
 
-def conversations_of(spans: list[Span], dropped: Counter[str] | None = None) -> list[Conversation]:
+def conversations_of(spans: Sequence[Span], dropped: Counter[str] | None = None) -> list[Conversation]:
     """Return the conversations of one attempt, each as long as it became, in the order of their last calls.
 
     dropped  counts the calls that are left out: `answer cut off` at its limit or on the way, `no readable messages`

@@ -48,12 +48,8 @@ class Episode(msgspec.Struct, frozen=True, eq=False):
     def of(cls, transitions: Transitions, final: float) -> Episode:
         """Return the episode of an attempt: its turns, and the reward of the rollout itself."""
         turns = transitions.turns
-        return cls(
-            transitions.group,
-            final,
-            np.array([turn.reward for turn in turns], np.float64),
-            [turn.state for turn in turns],
-        )
+        rewards_T = np.array([turn.reward if turn.rewards else 0.0 for turn in turns], np.float64)
+        return cls(transitions.group, final, rewards_T, [turn.call.prompt_ids for turn in turns])
 
     @property
     def total(self) -> float:

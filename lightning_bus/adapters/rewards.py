@@ -9,14 +9,15 @@ is not in the log or no model call led to it, is counted by its reason instead o
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from lightning_bus.adapters.causes import Causes
 from lightning_bus.otel import names as n
-from lightning_bus.spans import Span, reward_of
+from lightning_bus.spans import Span, reward_of, rewarded_of
 
 FINAL = "final"  # source of what the agent returned, or emitted for the rollout
 EMITTED = "emitted"  # source of a reward emitted without a name
@@ -30,8 +31,7 @@ class Reward(NamedTuple):
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutRewards:
+class RolloutRewards(msgspec.Struct, frozen=True):
     """Everything that one rollout earned.
 
     final     the reward of the rollout itself; None: it has none, which is not 0
@@ -40,9 +40,9 @@ class RolloutRewards:
     """
 
     final: float | None
-    of_calls: dict[bytes, list[Reward]] = field(default_factory=dict[bytes, list[Reward]])
+    of_calls: dict[bytes, list[Reward]] = {}
     final_source: str = FINAL
-    unplaced: Counter[str] = field(default_factory=Counter[str])
+    unplaced: dict[str, int] = {}
 
     @property
     def total(self) -> float | None:
@@ -121,7 +121,7 @@ def emitted_rewards(spans: Iterable[Span], *, steps: bool = False, final: float 
     """
     found: list[tuple[int, Reward]] = []
     loose: list[tuple[int, Reward]] = []
-    for at, span in enumerate(spans):
+    for at, span in enumerate(rewarded_of(spans)):
         value = reward_of(span)
         if value is None:
             continue
@@ -139,13 +139,15 @@ def emitted_rewards(spans: Iterable[Span], *, steps: bool = False, final: float 
 def place(reward: Reward, causes: Causes, into: RolloutRewards) -> None:
     """Add a reward to the model call that its span is due to, or count why there is none."""
     if reward.span_id not in causes.spans:
-        into.unplaced["reward for a span that is not in the log"] += 1
-        return
+        return _count("reward for a span that is not in the log", into)
     call_id = causes.call_of(reward.span_id)
     if call_id is None:
-        into.unplaced["reward for what no model call led to"] += 1
-    else:
-        into.of_calls.setdefault(call_id, []).append(reward)
+        return _count("reward for what no model call led to", into)
+    into.of_calls.setdefault(call_id, []).append(reward)
+
+
+def _count(reason: str, into: RolloutRewards) -> None:
+    into.unplaced[reason] = into.unplaced.get(reason, 0) + 1
 
 
 def _span_id(target: object) -> bytes:

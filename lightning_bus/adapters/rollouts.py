@@ -7,6 +7,7 @@ which offset a successor would have to read to be where it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_bus.lifecycle import TERMINAL, Status
 from lightning_bus.log.codec import decode_event
 from lightning_bus.otel.rewards import final_reward
 from lightning_bus.records import Kind, Record
-from lightning_bus.spans import Span, decode_spans
+from lightning_bus.spans import RecordedSpans, Span, rewarded_of
 
 # Looked up once for every record of a log, and enumerations are slow at it.
 _SPANS, _ROLLOUT = Kind.SPANS, Kind.ROLLOUT
@@ -35,7 +36,7 @@ class FinishedRollout:
     attempt: int
     reward: float | None
     error: str
-    spans: list[Span]
+    spans: Sequence[Span]  # from a log: RecordedSpans
     first_offset: int  # of its submission
     end_offset: int  # just past its last event
     task_body: bytes = b""  # as it was submitted: MessagePack
@@ -83,16 +84,16 @@ class Assembler:
     def _on_event(self, record: Record) -> FinishedRollout | None:
         event = decode_event(record)
         if event.what == "submit":
-            self._open[record.rollout_id] = _Open(record.offset, event.task)
+            self._open[record.rollout_id] = _Open(record.offset, event.task, [])
             return None
         status = _STATUS_OF.get(event.status) or Status(event.status)
         if status not in TERMINAL or record.rollout_id not in self._open:
             return None
         rollout = self._open.pop(record.rollout_id)
-        spans = [span for attempt, body in rollout.chunks if attempt == record.attempt for span in decode_spans(body)]
+        spans = RecordedSpans([body for attempt, body in rollout.chunks if attempt == record.attempt])
         reward = event.reward
         if reward is None:  # its agent returned none, but may have emitted one, in a subprocess or over OTLP
-            reward = final_reward(spans)
+            reward = final_reward(rewarded_of(spans))
         return FinishedRollout(
             rollout_id=record.rollout_id,
             group=event.group,
@@ -112,4 +113,4 @@ class Assembler:
 class _Open:
     first_offset: int
     task: bytes
-    chunks: list[tuple[int, bytes]] = field(default_factory=list[tuple[int, bytes]])
+    chunks: list[tuple[int, bytes]]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bus.spans import PROMPT_IDS, RESPONSE_IDS, ModelCall
+from lightning_bus.spans import ModelCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +88,21 @@ class MergeStats:
         return self.call_tokens / self.tokens if self.tokens else 1.0
 
 
-def conversations(calls: Sequence[ModelCall], policies: Sequence[str]) -> list[list[int]]:
+def conversations(calls: Sequence[ModelCall], policies: Sequence[str], trained: Sequence[int]) -> list[list[int]]:
     """Return which calls make up each row, as indices in order: first the rows that began first.
 
-    calls     trainable ones, in order of time
+    calls     in order of time
     policies  what each of them trains; calls of different policies do not merge
+    trained   which of them are trainable, in order: the others are in no row
 
     A call goes on the newest row that it continues exactly.
     """
-    if len(calls) == 1:
-        return [[0]]
     rows: list[list[int]] = []
     # Of each row its last call: policy, prompt, response, and their lengths in bytes.
     ends: list[tuple[str, bytes, bytes, int, int]] = []
-    for at, call in enumerate(calls):
-        attributes, policy = call.span.attributes, policies[at]
-        prompt: bytes = attributes[PROMPT_IDS]
-        response: bytes = attributes[RESPONSE_IDS]
+    for at in trained:
+        known, policy = calls[at].attributes, policies[at]
+        prompt, response = known.prompt or b"", known.response
         length = len(prompt)
         end = (policy, prompt, response, length, length + len(response))
         for k in range(len(ends) - 1, -1, -1):
@@ -136,17 +134,18 @@ def row_of(calls: Sequence[ModelCall], *, rollout_id: str, attempt: int, group: 
     versions: list[int] = []
     sampled: list[tuple[int, int]] = []
     for call in calls:
-        start = len(call.prompt_ids_P)
-        end = start + len(call.response_ids_R)
+        end = call.tokens
+        start = end - len(call.attributes.response) // 4
         trained[start:end] = True
         logprobs[start:end] = call.logprobs_R
         temperatures[start:end] = call.temperature
         sampled.append((start, end))
         # A call that does not say which weights sampled it makes the row one of unknown age.
-        versions += [_number(version) for version, _, _ in call.weight_versions] or (-1,)
+        # A part without tokens, of an answer that was begun and asked for again, sampled nothing.
+        versions += [_number(version) for version, first, past in call.weight_versions if first < past] or (-1,)
     return Row(
         rollout_id, attempt, group, token_ids, trained, logprobs, temperatures, min(versions), max(versions),
-        tuple(call.span.span_id for call in calls), tuple(sampled), policy,
+        tuple(call.span_id for call in calls), tuple(sampled), policy,
     )  # fmt: skip
 
 

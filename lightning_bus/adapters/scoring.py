@@ -60,7 +60,7 @@ def rewards_of(
     given = rollout.judged if given is None else given
     final, source = rollout.reward, FINAL
     succeeded = rollout.status is Status.SUCCEEDED
-    if isinstance(given, Sequence):
+    if given is not None and not isinstance(given, (int, float)):
         own = [reward.value for reward in given if not reward.span_id]
         if own and succeeded:
             final, source = math.fsum(own), HOOK

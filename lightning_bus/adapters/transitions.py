@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from operator import attrgetter
 from typing import Literal
 
 import msgspec
@@ -22,23 +24,15 @@ from numpy.typing import NDArray
 
 from lightning_bus.adapters.rewards import Reward
 from lightning_bus.adapters.rows import MergeStats, Row, conversations, row_of
-from lightning_bus.adapters.selection import ALL, NOBODY, Caller, Callers, Selection
-from lightning_bus.spans import (
-    CHOICE,
-    FINISH_REASONS,
-    PROMPT_IDS,
-    REQUEST_MODEL,
-    RETRY_COUNT,
-    ModelCall,
-    Span,
-    is_model_call,
-    model_call,
-)
+from lightning_bus.adapters.selection import ALL, Caller, Callers, Selection
+from lightning_bus.spans import ModelCall, RecordedSpans, Span, calls_of, is_model_call, why_untrainable
 
 Truncated = Literal["keep", "mask", "drop"]
 REASON_CHARS_MAX = 80  # reasons are names of counters, and an instrumented agent may write anything
 
-_Chosen = tuple[ModelCall, Caller, str, str]  # call, who made it, the policy it trains, why it is left out
+
+def _no_counts() -> Counter[str]:
+    return Counter()  # every rollout has one, and Counter[str]() takes half as long again
 
 
 # gc=False, here and of what it holds: none of it can be part of a circle, and a step's worth of transitions is more
@@ -50,12 +44,12 @@ class Transition(msgspec.Struct, frozen=True, eq=False, gc=False):
     agent: str = ""  # who made it, where a selection asked
     policy: str = ""  # which one it trains; "": the one that is trained
     rewards: tuple[Reward, ...] = ()  # its own, without any share of the rollout's
-    next_state_P: NDArray[np.int32] | None = None  # the prompt of the next call of its row; None at the end
+    next_call: ModelCall | None = None  # the one after it in its row; None at the end
     left_out: str = ""  # why it is not trained; empty when it is
 
     @property
     def span_id(self) -> bytes:
-        return self.call.span.span_id
+        return self.call.span_id
 
     @property
     def state_P(self) -> NDArray[np.int32]:
@@ -65,8 +59,12 @@ class Transition(msgspec.Struct, frozen=True, eq=False, gc=False):
     @property
     def state(self) -> bytes:
         """The prompt's ids, packed: two turns with the same have been shown the same."""
-        packed = self.call.span.attributes.get(PROMPT_IDS)
-        return packed if isinstance(packed, bytes) else b""
+        return self.call.prompt_ids
+
+    @property
+    def next_state_P(self) -> NDArray[np.int32] | None:
+        """(P,) the prompt of the next call of its row; None at the end."""
+        return None if self.next_call is None else self.next_call.prompt_ids_P
 
     @property
     def action_R(self) -> NDArray[np.int32]:
@@ -98,7 +96,7 @@ class Transitions(msgspec.Struct, eq=False):
     group: str
     turns: list[Transition] = []
     calls: int = 0
-    dropped: Counter[str] = msgspec.field(default_factory=lambda: Counter[str]())
+    dropped: Counter[str] = msgspec.field(default_factory=_no_counts)
     callers: set[Caller] = set()
     members: list[list[Transition]] = []
     made_rows: list[Row] | None = None
@@ -122,7 +120,7 @@ class Transitions(msgspec.Struct, eq=False):
     @property
     def merged(self) -> MergeStats:
         """What merging saved, counted without making the rows."""
-        lengths = [[_tokens(turn.call) for turn in members] for members in self.members]
+        lengths = [[turn.call.tokens for turn in members] for members in self.members]
         return MergeStats(
             1, sum(map(len, lengths)), len(lengths), sum([one[-1] for one in lengths]), sum(map(sum, lengths))
         )
@@ -157,64 +155,63 @@ def transitions_of(
     Left out besides, each counted: untrainable calls, and calls whose client sent the same request again because it
     never saw the answer (the agent acted on the later one).
     """
-    if not isinstance(spans, (list, tuple)):
+    if not isinstance(spans, (RecordedSpans, list, tuple)):
         spans = list(spans)
     result = Transitions(rollout_id, attempt, group)
     dropped = result.dropped
-    calls = _calls_of(rollout_id, attempt, spans, result)
-    callers = Callers(spans) if selection.rules else None
-    if callers is None and truncated == "keep" and tokens_max is None:  # the same, sooner
-        chosen = [(call, NOBODY, "", _reason(call.untrainable) if call.untrainable else "") for call in calls]
-        _merge(chosen, _by_turn(rewards, calls, chosen) if rewards else None, result)
-        return result
-    chosen: list[_Chosen] = []
-    for call in calls:
-        caller, trains = NOBODY, ""
-        if callers is not None:
-            caller = callers.of(call.span)
+    recorded = calls_of(spans)
+    calls = _counting(recorded, result)
+    left_out = why_untrainable(calls)
+    if any(left_out):
+        left_out = [reason and _reason(reason) for reason in left_out]
+    agents = policies = [""] * len(calls)
+    turns = calls
+    if selection.rules:
+        callers = Callers(spans)
+        span_of = {id(call): span for call, span in zip(recorded, filter(is_model_call, spans), strict=True)}
+        chosen: list[tuple[ModelCall, str, str, str]] = []
+        for call, reason in zip(calls, left_out, strict=True):
+            caller = callers.of(span_of[id(call)])
             result.callers.add(caller)
-            whose = selection.policy_of(caller)
-            if whose is None:
+            trains = selection.policy_of(caller)
+            if trains is None:
                 dropped["other agent" if caller.agent else "no agent named"] += 1
-                continue
-            trains = whose
-            if policy is not None and trains not in ("", policy):
+            elif policy is not None and trains not in ("", policy):
                 dropped["other policy"] += 1
-                continue
-            if trains and not any_model and call.span.attributes.get(REQUEST_MODEL) != trains:
+            elif trains and not any_model and call.attributes.model != trains:
                 dropped["answered by another model than the policy"] += 1
-                continue
-        left_out = call.untrainable
-        if left_out:
-            left_out = _reason(left_out)
-        elif truncated != "keep" and _truncated(call):
-            left_out = "truncated"
-        elif tokens_max is not None and _tokens(call) > tokens_max:
-            left_out = "over length"
-        chosen.append((call, caller, trains, left_out))
-    if truncated == "drop" and any(left_out == "truncated" for _, _, _, left_out in chosen):
-        chosen = [(*one[:3], one[3] or "in a truncated rollout") for one in chosen]
-    _merge(chosen, _by_turn(rewards, calls, chosen) if rewards else None, result)
+            else:
+                chosen.append((call, caller.agent, trains, reason))
+        turns, agents, policies, left_out = map(list, zip(*chosen, strict=True)) if chosen else ([], [], [], [])
+    if truncated != "keep" or tokens_max is not None:
+        for at, call in enumerate(turns):
+            if not left_out[at] and truncated != "keep" and _truncated(call):
+                left_out[at] = "truncated"
+            elif not left_out[at] and tokens_max is not None and call.tokens > tokens_max:
+                left_out[at] = "over length"
+        if truncated == "drop" and "truncated" in left_out:
+            left_out = [reason or "in a truncated rollout" for reason in left_out]
+    own = _by_turn(rewards, calls, turns) if rewards else [()] * len(turns)
+    _merge(turns, agents, policies, own, left_out, result)
     return result
 
 
-def _calls_of(rollout_id: str, attempt: int, spans: Sequence[Span], result: Transitions) -> list[ModelCall]:
+def _counting(recorded: Sequence[ModelCall], result: Transitions) -> list[ModelCall]:
     """Return the attempt's model calls that count, each once, in order of time; count the others."""
+    result.calls = len(recorded)
+    rollout_id, attempt = result.rollout_id, result.attempt
     calls: list[ModelCall] = []
     seen: set[bytes] = set()
     retried = False
-    for span in spans:
-        if not is_model_call(span):
-            continue
-        result.calls += 1
-        if (span.rollout_id and span.rollout_id != rollout_id) or (span.attempt and span.attempt != attempt):
+    for call in recorded:
+        if (call.rollout_id and call.rollout_id != rollout_id) or (call.attempt and call.attempt != attempt):
             result.dropped["of another attempt"] += 1
-        elif span.span_id in seen:
+        elif call.span_id in seen:
             result.dropped["span recorded twice"] += 1
         else:
-            seen.add(span.span_id)
-            retried = retried or RETRY_COUNT in span.attributes
-            calls.append(model_call(span))
+            seen.add(call.span_id)
+            calls.append(call)
+            retried = retried or call.attributes.retry_count is not None
     if len(calls) > 1:
         calls.sort(key=_start)
     return _without_superseded(calls, result.dropped) if retried else calls
@@ -225,8 +222,8 @@ def _without_superseded(calls: list[ModelCall], dropped: Counter[str]) -> list[M
     kept: list[ModelCall | None] = []
     newest: dict[tuple[bytes, int], int] = {}
     for call in calls:
-        prompt = call.prompt_ids_P.tobytes(), _count(call, CHOICE)
-        if _count(call, RETRY_COUNT) > 0 and prompt in newest:
+        prompt = call.prompt_ids, _count(call.attributes.choice)
+        if _count(call.attributes.retry_count) > 0 and prompt in newest:
             kept[newest[prompt]] = None
             dropped["superseded by the client's retry"] += 1
         newest[prompt] = len(kept)
@@ -234,48 +231,51 @@ def _without_superseded(calls: list[ModelCall], dropped: Counter[str]) -> list[M
     return [call for call in kept if call is not None]
 
 
-def _merge(chosen: list[_Chosen], rewards: dict[bytes, tuple[Reward, ...]] | None, result: Transitions) -> None:
+def _merge(
+    calls: Sequence[ModelCall],
+    agents: Sequence[str],
+    policies: Sequence[str],
+    rewards: Sequence[tuple[Reward, ...]],
+    left_out: Sequence[str],
+    result: Transitions,
+) -> None:
     """Make the turns, with what follows each, and note which make up the rows."""
-    trained = chosen
-    if any([left_out for _, _, _, left_out in chosen]):  # noqa: C419 - a list is twice as fast here
-        trained = [one for one in chosen if not one[3]]
-        result.dropped.update([left_out for _, _, _, left_out in chosen if left_out])
-    rows = conversations([one[0] for one in trained], [one[2] for one in trained]) if trained else []
-    after: list[NDArray[np.int32] | None] = [None] * len(trained)
+    trained: Sequence[int] = range(len(calls))
+    if any(left_out):
+        trained = [at for at, reason in enumerate(left_out) if not reason]
+        result.dropped.update(filter(None, left_out))
+    rows = conversations(calls, policies, trained)
+    following: list[ModelCall | None] = [None] * len(calls)
     for members in rows:
-        for k in range(1, len(members)):
-            after[members[k - 1]] = trained[members[k]][0].prompt_ids_P
-    nexts = iter(after)
-    turns = result.turns
-    for call, caller, policy, left_out in chosen:
-        own = () if rewards is None else rewards.get(call.span.span_id, ())
-        turns.append(Transition(call, caller.agent, policy, own, None if left_out else next(nexts), left_out))
-    kept = turns if trained is chosen else [turn for turn in turns if not turn.left_out]
-    result.members = [[kept[member] for member in members] for members in rows]
+        for at, after in pairwise(members):
+            following[at] = calls[after]
+    turns = result.turns = list(map(Transition, calls, agents, policies, rewards, following, left_out))
+    result.members = [[turns[at] for at in members] for members in rows]
 
 
 def _by_turn(
     rewards: Mapping[bytes, Sequence[Reward]],
     calls: Sequence[ModelCall],
-    chosen: list[_Chosen],
-) -> dict[bytes, tuple[Reward, ...]]:
-    """Return rewards by turn: a turn's own, and those of calls after it that are no turns."""
-    turns = [call.span.span_id for call, _, _, _ in chosen]
+    turns: Sequence[ModelCall],
+) -> list[tuple[Reward, ...]]:
+    """Return the rewards of each turn: its own, and those of calls after it that are no turns."""
     if not turns:
-        return {}
+        return []
     found: dict[bytes, tuple[Reward, ...]] = {}
-    turn, is_turn, placed = turns[0], set(turns), 0
+    is_turn = {call.span_id for call in turns}
+    first = turn = turns[0].span_id
+    placed = 0
     for call in calls:
-        span_id = call.span.span_id
+        span_id = call.span_id
         turn = span_id if span_id in is_turn else turn
         if span_id in rewards:
             found[turn] = (*found.get(turn, ()), *rewards[span_id])
             placed += 1
     if placed < len(rewards):  # those of calls that were asked again: time says nothing about them, so the first turn's
-        known = {call.span.span_id for call in calls}
+        known = {call.span_id for call in calls}
         lost = tuple(reward for span_id, each in rewards.items() if span_id not in known for reward in each)
-        found[turns[0]] = (*found.get(turns[0], ()), *lost)
-    return found
+        found[first] = (*found.get(first, ()), *lost)
+    return [found.get(call.span_id, ()) for call in turns]
 
 
 def _reason(untrainable: str) -> str:
@@ -284,18 +284,12 @@ def _reason(untrainable: str) -> str:
 
 
 def _truncated(call: ModelCall) -> bool:
-    reasons = call.span.attributes.get(FINISH_REASONS)
+    reasons = call.attributes.finish_reasons
     return isinstance(reasons, (list, tuple)) and "length" in reasons
 
 
-def _tokens(call: ModelCall) -> int:
-    return len(call.prompt_ids_P) + len(call.response_ids_R)
-
-
-def _count(call: ModelCall, name: str) -> int:
-    value = call.span.attributes.get(name)
+def _count(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _start(call: ModelCall) -> int:
-    return call.span.start_ns
+_start = attrgetter("start_ns")

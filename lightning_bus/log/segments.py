@@ -85,16 +85,17 @@ class Segment:
     def read(self, txn: Any, offset: int, bytes_max: int, convert: Callable[[Any], T]) -> tuple[list[T], int]:
         """Return records from `offset` on, at least one and about bytes_max of them, and the offset to go on from."""
         found: list[T] = []
-        size, last = 0, None
+        size = 0
         cursor = txn.cursor(self.log)
-        if cursor.set_range(offset_key(offset)):
-            for key, value in cursor:
-                size += len(value)
-                if found and (size > bytes_max or len(found) >= RECORDS_PER_READ):
-                    break
-                found.append(convert(value))
-                last = key
-        return found, offset if last is None else _offset(last) + 1
+        if not cursor.set_range(offset_key(offset)):
+            return found, offset
+        for value in cursor.iternext(keys=False):
+            size += len(value)
+            if found and (size > bytes_max or len(found) >= RECORDS_PER_READ):
+                return found, _offset(cursor.key())
+            found.append(convert(value))
+        cursor.last()
+        return found, _offset(cursor.key()) + 1
 
     def newest_wall_ns(self) -> int:
         """Return when the last record was made; when the file was last written where that record is damaged."""

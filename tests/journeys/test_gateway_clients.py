@@ -68,11 +68,13 @@ def world(engine: str) -> Iterator[World]:
 def assert_recorded(world: World, sampled: int, scripted: int) -> None:
     """Check that the log has so many calls of the policy, each exact, and so many of the script."""
     calls = [model_call(span) for span in world.bus.spans]
-    policy = [call for call in calls if call.span.attributes[s.REQUEST_MODEL] == "policy"]
+    policy = [
+        (call, span) for call, span in zip(calls, world.bus.spans, strict=True) if call.attributes.model == "policy"
+    ]
     assert (len(policy), len(calls) - len(policy)) == (sampled, scripted)
     assert [call.untrainable for call in calls] == [""] * len(calls)
-    for call in policy:
-        assert len(call.response_ids_R) == call.span.attributes[s.OUTPUT_TOKENS]
+    for call, span in policy:
+        assert len(call.response_ids_R) == span.attributes[s.OUTPUT_TOKENS]
         assert call.weight_versions == [("0", 0, len(call.response_ids_R))]
 
 

@@ -2,7 +2,15 @@
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lightning_bus.adapters import Row
 
@@ -57,3 +65,30 @@ def tiny_llama(
         }
     )
     return LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
+
+
+def tiny_model(
+    family: str, seed: int = 0, *, attention: str = "packed_rows", vocabulary: int = VOCABULARY
+) -> PreTrainedModel:
+    """A float32 model of two layers of a family: "llama", "qwen2" (biases), "qwen3" (norms of queries and keys), or
+    "qwen3-window" (whose second layer looks back at 5 tokens only). All with grouped-query attention, in eval mode."""
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "tie_word_embeddings": family != "qwen2", "initializer_range": 0.2,
+    }  # fmt: skip
+    if family == "llama":
+        config, kind = LlamaConfig(**shape), LlamaForCausalLM
+    elif family == "qwen2":
+        config, kind = Qwen2Config(**shape), Qwen2ForCausalLM
+    else:
+        window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+        config = Qwen3Config(**shape, head_dim=16, **(window if family == "qwen3-window" else {}))
+        kind = Qwen3ForCausalLM
+    model = kind._from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # fresh ones are all 1 or all 0, which hides mistakes
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model

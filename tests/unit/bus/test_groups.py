@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from lightning_bus.config import CreditSection
 from lightning_bus.lifecycle import Status
 from lightning_bus.log.codec import encode_event
 from lightning_bus.log.reader import LogReader
+from lightning_bus.log.store import LogWriter
 from lightning_bus.records import Kind, Record, RolloutEvent
 from lightning_bus.spans import encode_spans
 from tests.golden import multi_agent
@@ -179,6 +180,71 @@ def test_groups_that_nobody_took_yet_are_read_again() -> None:
     assert (groups.complete, groups.cursor) == (1, Cursor(0))
     assert groups.peek() is groups.take()
     assert groups.cursor == Cursor(len(records))
+
+
+# -- what a stream promises whoever writes the log, and whoever is handed its groups
+
+
+def two_groups() -> list[Record]:
+    """Two groups, each complete with the end of its last rollout, and one record after them."""
+    lives = [steps_of(f"{name}-{n}", name, 1, Status.SUCCEEDED, train=True) for name in ("a", "b") for n in range(SIZE)]
+    lives.append(steps_of("c-0", "c", 1, Status.SUCCEEDED, train=True)[:1])
+    return [record._replace(offset=at) for at, record in enumerate(record for life in lives for record in life)]
+
+
+def test_a_group_is_handed_out_before_what_comes_after_it_is_read() -> None:
+    records = two_groups()
+    first_ends = len(records) // 2
+
+    async def live() -> None:
+        stream = TransitionStream(group_size=SIZE)
+        async with aclosing(stream.follow(Tape(records, len(records)))) as groups:
+            assert (await anext(groups)).name == "a"
+            assert stream.groups.next_offset == first_ends
+
+    stream = TransitionStream(group_size=SIZE)
+    assert next(stream.read(Tape(records, len(records)))).name == "a"
+    assert (stream.groups.next_offset, stream.groups.unfinished) == (first_ends, 0)
+    anyio.run(live)
+
+
+def test_a_stream_that_stands_still_holds_up_nobody_who_writes(tmp_path: Path) -> None:
+    records = two_groups()
+    half = len(records) // 2
+    with closing(LogWriter(tmp_path, map_bytes_max=1 << 26)) as writer:
+        writer.commit(records[: half + 1])
+        with LogReader(tmp_path) as reader:
+            groups = TransitionStream(group_size=SIZE).read(reader)
+            assert next(groups).name == "a"
+            # An open read transaction would keep every page of the log from being used again.
+            told = reader._segments.newest.env.readers()  # pyright: ignore[reportPrivateUsage]
+            assert all(line.split()[2] == "-" for line in told.splitlines()[1:]), told
+            writer.commit(records[half + 1 :])
+            assert [group.name for group in groups] == ["b"], "and it goes on with what was written meanwhile"
+
+
+def test_after_a_restart_the_next_groups_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    rollouts, log = recorded(tmp_path)
+    size = len([one for one in rollouts if one.group == rollouts[0].group])
+
+    def learnt(group: ScoredGroup) -> bytes:
+        rows = [row for rollout in group.rollouts for row in rollout.rows]
+        arrays = [(row.token_ids, row.trained, row.logprobs, row.temperatures) for row in rows]
+        told = [
+            (one.rollout_id, one.reward, one.total, [t.span_id for t in one.transitions.turns])
+            for one in group.rollouts
+            if one.transitions
+        ]
+        return repr(told).encode() + b"".join(array.tobytes() for each in arrays for array in each)
+
+    with LogReader(log) as reader:
+        unbroken = list(map(learnt, TransitionStream(group_size=size).read(reader)))
+        assert len(set(unbroken)) == len(unbroken) > 1
+        for taken in range(len(unbroken)):
+            before = TransitionStream(group_size=size)
+            assert list(map(learnt, islice(before.read(reader), taken))) == unbroken[:taken]
+            after = TransitionStream(group_size=size, cursor=saved(before))
+            assert list(map(learnt, after.read(reader))) == unbroken[taken:]
 
 
 # -- scores -------------------------------------------------------------------------------------------------------------

@@ -6,15 +6,18 @@ import math
 from typing import Any
 
 import msgpack
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_bus import spans as s
 from lightning_bus.errors import RemoteProtocolError
 from tests.bus_fixtures import span
 
 
-def call(**changed: Any) -> s.ModelCall:
+def called(**changed: Any) -> s.Span:
     attributes: dict[str, Any] = {
         s.OPERATION: s.MODEL_CALL_NAME,
         s.PROMPT_IDS: s.pack_ids([1, 2, 3]),
@@ -24,7 +27,11 @@ def call(**changed: Any) -> s.ModelCall:
         s.TEMPERATURE: 0.7,
     }
     attributes |= {getattr(s, name): value for name, value in changed.items()}
-    return s.model_call(span("chat", "r-1", 1, **attributes))
+    return span("chat", "r-1", 1, **attributes)
+
+
+def call(**changed: Any) -> s.ModelCall:
+    return s.model_call(called(**changed))
 
 
 def test_spans_come_back_whole() -> None:
@@ -99,10 +106,71 @@ def test_arrays_are_views_of_what_was_recorded() -> None:
 
 
 def test_only_chat_spans_are_model_calls() -> None:
-    assert s.is_model_call(call().span)
+    assert s.is_model_call(called())
     assert not s.is_model_call(span("chat"))
 
 
 def test_a_reward_is_a_number_or_nothing() -> None:
     assert s.reward_of(span(**{s.REWARD: 1})) == 1.0
     assert s.reward_of(span()) is None
+
+
+# -- the calls of recorded spans
+
+
+def seen(one: s.ModelCall) -> str:
+    """Return everything that a call says; as text, because NaN is not equal to itself."""
+    known = one.attributes
+    told = msgspec.structs.asdict(one) | msgspec.structs.asdict(known) | {"attributes": None}
+    return repr(told | {"prompt": one.prompt_ids, "untrainable": one.untrainable})
+
+
+NAMES = [
+    s.OPERATION, s.REQUEST_MODEL, s.PROMPT_IDS, s.RESPONSE_IDS, s.LOGPROBS, s.WEIGHT_VERSIONS, s.TEMPERATURE,
+    s.UNTRAINABLE, s.FINISH_REASONS, s.CHOICE, s.RETRY_COUNT, s.REWARD, "other",
+]  # fmt: skip
+VALUES: list[Any] = [
+    None, True, 0, 1, 2.5, math.inf, 2**63, "", "1", "chat", "why not", b"", b"12345", s.pack_ids([1, 2]),
+    s.pack_logprobs([math.nan, -1]), [], ["length"], [["7", 0, 2]], [[7, 0, 2]], [["7", 0.0, True]], [["7", 0, math.inf]],
+    [["7", 0]], {"7": 1},
+]  # fmt: skip
+
+
+def agrees_with_each_span_alone(chunks: list[list[dict[str, Any]]]) -> None:
+    spans = [[span("chat", "r-1", 1, **attributes) for attributes in chunk] for chunk in chunks]
+    recorded = s.RecordedSpans([s.encode_spans(chunk) for chunk in spans])
+    alone = [one for chunk in spans for one in s.decode_spans(s.encode_spans(chunk))]
+    expected = [s.model_call(one) for one in alone if s.is_model_call(one)]
+    assert list(map(seen, s.calls_of(recorded))) == list(map(seen, expected))
+    assert s.why_untrainable(recorded.calls) == [one.untrainable for one in expected]
+    rewards = [reward for one in s.rewarded_of(recorded) if (reward := s.reward_of(one)) is not None]
+    assert rewards == [reward for one in alone if (reward := s.reward_of(one)) is not None]
+    assert repr(recorded[:]) == repr(alone) and len(recorded) == len(alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_an_attribute_holds_the_calls_of_recorded_spans_are_those_of_each_span_alone(name: str) -> None:
+    whole = called().attributes
+    for value in VALUES:
+        agrees_with_each_span_alone([[whole], [{**whole, name: value}, whole]])
+        agrees_with_each_span_alone([[{s.OPERATION: s.MODEL_CALL_NAME, name: value}]])
+    agrees_with_each_span_alone([[{key: value for key, value in whole.items() if key != name}]])
+
+
+@given(st.lists(st.lists(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(VALUES), max_size=4), max_size=3)))
+def test_so_they_are_whatever_several_attributes_hold(changes: list[list[dict[str, Any]]]) -> None:
+    agrees_with_each_span_alone([[called().attributes | changed for changed in chunk] for chunk in changes])
+
+
+def test_recorded_spans_that_are_none_are_refused_before_anything_is_learnt_from_them() -> None:
+    with pytest.raises(RemoteProtocolError, match="chunk of 1 bytes"):
+        s.RecordedSpans([s.encode_spans([span("a")]), b"x"])
+
+
+def test_what_a_call_carries_besides_is_not_decoded_for_learning_from_it() -> None:
+    long = called()
+    long.attributes["lightning.request"] = "x" * 10_000
+    recorded = s.RecordedSpans([s.encode_spans([long])])
+    assert [one.untrainable for one in recorded.calls] == [""] and s.rewarded_of(recorded) == ()
+    assert recorded._spans is None  # pyright: ignore[reportPrivateUsage]
+    assert recorded == [long]

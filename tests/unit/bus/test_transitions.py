@@ -328,7 +328,7 @@ def test_every_call_is_trained_once_or_counted_once(
 def test_rows_are_those_of_the_slow_twin(spans: list[s.Span]) -> None:
     got = rows_of(*spans)
     calls = [turn.call for turn in got.turns if not turn.left_out]
-    expected = [tuple(one.span.span_id for one in row) for row in reference.merged(calls)]
+    expected = [tuple(one.span_id for one in row) for row in reference.merged(calls)]
     assert [row.span_ids for row in got.rows] == expected
     assert got.merged.rows == len(got.rows)
     assert got.merged.tokens == sum(len(row.token_ids) for row in got.rows)
