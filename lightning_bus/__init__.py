@@ -33,6 +33,7 @@ from lightning_bus.errors import (
     StopProcess,
     StorageError,
 )
+from lightning_bus.gateway.embedded import EmbeddedBus, embedded_bus
 from lightning_bus.http import serve_http
 from lightning_bus.keys import KEY_ENV, adopt_key
 from lightning_bus.lifecycle import Status
@@ -41,9 +42,21 @@ from lightning_bus.log.reader import LogReader
 from lightning_bus.messages import End, Rollout, StatusIs, Submission, Task
 from lightning_bus.otel.traceparent import root_of_attempt
 from lightning_bus.records import Kind, Record, RolloutEvent
-from lightning_bus.rescoring import HookPool, reward_hooks
-from lightning_bus.resources import POLICY_PINS, POLICY_WEIGHTS, Pins, Resource, TrainedRollout, WeightVersion
+from lightning_bus.rescoring import HookPool, Verdicts, reward_hooks
+from lightning_bus.resources import (
+    POLICY,
+    POLICY_PINS,
+    POLICY_WEIGHTS,
+    Pins,
+    Resource,
+    TrainedRollout,
+    WeightVersion,
+    pins_of,
+    policy_of,
+    weights_of,
+)
 from lightning_bus.spans import (
+    REQUEST_MODEL,
     REWARD,
     REWARD_NAME,
     REWARD_SPAN_NAME,
@@ -56,12 +69,13 @@ from lightning_bus.spans import (
 )
 
 __all__ = [
-    "KEY_ENV", "LIFELINE", "POLICY_PINS", "POLICY_WEIGHTS", "REWARD", "REWARD_NAME", "REWARD_SPAN_NAME",
-    "AccessDenied", "AgentError", "BlockingClient", "BrokenError", "BrokerSection", "BusyError", "CallError",
-    "Client", "ConfigError", "Conflict", "CreditSection", "End", "FencedError", "GatewaySection", "HookPool", "Kind",
-    "Leases", "LightningBusError", "LogReader", "ModelCall", "NotFound", "Pins", "Record", "Resource", "RetiredError",
-    "Rollout", "RolloutEvent", "RunFile", "RunSection", "Section", "Span", "Status", "StatusIs", "StopProcess",
-    "StorageError", "Submission", "Submitted", "Task", "TrainedRollout", "WeightVersion", "adopt_key",
-    "client_address", "decode_event", "decode_spans", "is_model_call", "load_run", "model_call", "monotonic_s",
-    "reward_hooks", "reward_of", "root_of_attempt", "run_daemon", "serve_http", "wall_ns",
+    "KEY_ENV", "LIFELINE", "POLICY", "POLICY_PINS", "POLICY_WEIGHTS", "REQUEST_MODEL", "REWARD", "REWARD_NAME",
+    "REWARD_SPAN_NAME", "AccessDenied", "AgentError", "BlockingClient", "BrokenError", "BrokerSection", "BusyError",
+    "CallError", "Client", "ConfigError", "Conflict", "CreditSection", "EmbeddedBus", "End", "FencedError",
+    "GatewaySection", "HookPool", "Kind", "Leases", "LightningBusError", "LogReader", "ModelCall", "NotFound", "Pins",
+    "Record", "Resource", "RetiredError", "Rollout", "RolloutEvent", "RunFile", "RunSection", "Section", "Span",
+    "Status", "StatusIs", "StopProcess", "StorageError", "Submission", "Submitted", "Task", "TrainedRollout",
+    "Verdicts", "WeightVersion", "adopt_key", "client_address", "decode_event", "decode_spans", "embedded_bus",
+    "is_model_call", "load_run", "model_call", "monotonic_s", "pins_of", "policy_of", "reward_hooks", "reward_of",
+    "root_of_attempt", "run_daemon", "serve_http", "wall_ns", "weights_of",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ Commands import what they run when they run: a worker should not pay for the gat
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tomllib
 import traceback
@@ -27,7 +28,7 @@ from rich.console import Console
 from lightning_bus import cli_keys, cli_queue, cli_replay, cli_tools
 from lightning_bus.cli_shared import BUS, KeyOption, RunOption
 from lightning_bus.config import BrokerSection, GatewaySection, RunFile, load
-from lightning_bus.daemon import client_address, load_run, run_daemon, run_secret, sections
+from lightning_bus.daemon import client_address, load_run, run_daemon, run_secret, sections, wait_lifeline_cut
 from lightning_bus.errors import ConfigError, LightningBusError, first_error
 from lightning_bus.keys import adopt_key, keys_directory
 
@@ -70,6 +71,9 @@ def up(
     seed: Annotated[int | None, typer.Option(help="Overrides run.seed.")] = None,
     name: Annotated[str | None, typer.Option(help="Overrides run.name; files go to runs/NAME.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run of that name.")] = False,
+    trainer: Annotated[
+        bool, typer.Option("--trainer/--no-trainer", help="Without it, the rest runs until stopped: train elsewhere.")
+    ] = True,
     set_: SetOption = None,
 ) -> None:
     """Run everything on this machine: broker, gateway, engine, workers and trainer, supervised.
@@ -82,12 +86,12 @@ def up(
     if run_toml.is_dir():
         if seed is not None or name is not None or force:
             raise ConfigError(f"{run_toml} is a run to go on with: it keeps its seed, its name and its files.")
-        raise typer.Exit(_up(load_run(run_toml, overrides), resume=True))
+        raise typer.Exit(_up(load_run(run_toml, overrides), resume=True, trainer=trainer))
     if seed is not None:
         overrides.setdefault("run", {})["seed"] = seed
     if name is not None:
         overrides.setdefault("run", {})["name"] = name
-    raise typer.Exit(_up(load(run_toml, sections(), overrides), force=force))
+    raise typer.Exit(_up(load(run_toml, sections(), overrides), force=force, trainer=trainer))
 
 
 @app.command()
@@ -123,7 +127,7 @@ def demo(
     raise typer.Exit(_up(load(run_toml, sections(), overrides)))
 
 
-def _up(file: RunFile, *, force: bool = False, resume: bool = False) -> int:
+def _up(file: RunFile, *, force: bool = False, resume: bool = False, trainer: bool = True) -> int:
     from lightning_bus.display import Display
     from lightning_bus.supervisor import Supervisor, daemons, prepare
 
@@ -136,11 +140,17 @@ def _up(file: RunFile, *, force: bool = False, resume: bool = False) -> int:
     display = Display(file.run.name, directory, bus=bus, engine=engine, console=console, key=key)
     console.print(f"run {file.run.name}: logs in {directory / 'logs'}", markup=False, highlight=False, soft_wrap=True)
 
+    async def end_with_whoever_trains() -> None:
+        await wait_lifeline_cut()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     async def supervise() -> int:
-        supervisor = Supervisor(daemons(file, directory), directory, display.event)
+        wanted = [daemon for daemon in daemons(file, directory) if trainer or daemon.stage != "train"]
+        supervisor = Supervisor(wanted, directory, display.event)
         code = 1
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(display.run)
+            tasks.start_soon(end_with_whoever_trains)
             try:
                 code = await supervisor.run()
             finally:

@@ -29,9 +29,11 @@ from lightning_bus.rescoring import (
     Replayed,
     Rescoring,
     Returns,
+    Verdicts,
     export_chat,
     export_preferences,
     read_scores,
+    read_verdicts,
     returns_by,
     returns_from,
 )
@@ -99,6 +101,9 @@ def replay(
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Compare with this earlier replay, not with what was recorded.")] = None,
     label: LabelOption = None,
+    ask_again: Annotated[
+        bool, typer.Option("--ask-again", help="Ask the hook about rollouts, too, whose verdict by the same code is in the log.")
+    ] = False,
     limit_s: Annotated[float | None, typer.Option(help="How long the hook may take for one rollout.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="How many processes run the hook.")] = None,
     memory_mb: Annotated[int | None, typer.Option(min=1, help="Address space of each of them.")] = None,
@@ -108,7 +113,8 @@ def replay(
     """Score a recorded run again, with another reward or another credit rule, and show what changed.
 
     Writes new transitions and scores; touches neither the log nor any agent. The hook runs in a process of its own: one
-    that raises or hangs leaves that rollout out, with the reason counted.
+    that raises or hangs leaves that rollout out, with the reason counted. What the same hook said when the run was
+    trained is in the log and is not asked for again.
 
     Example: lightning-bus replay runs/calc-seed0 --reward my_rewards:reward --credit turn --out calc-turn
     """
@@ -133,6 +139,7 @@ def replay(
         before=own,
         against=None if against is None else read_scores(against),
         labels=labels_of(label),
+        ask_again=ask_again,
     )  # fmt: skip
     with LogReader(directory / "log") as reader, _progress(json_) as progress:
         task = progress.add_task("replaying", total=None)
@@ -173,7 +180,11 @@ def export_data_set(
     if scores is not None:
         returns = returns_from(read_scores(scores))
     else:
-        returns = returns_by(load_section(settings, "rewards", RewardsSection))
+        section = load_section(settings, "rewards", RewardsSection)
+        verdicts = Verdicts(section.hook) if section.hook else None
+        if verdicts is not None:
+            read_verdicts(reader.records(), verdicts)
+        returns = returns_by(section, verdicts)
     if as_ == "chat":
         exported = export_chat(
             reader, out, form, returns, return_min=return_min, labels=labels, progress=progress
@@ -226,6 +237,7 @@ def _summary(replayed: Replayed) -> Table:
         ("… tied now", one.pairs_tied),
         ("… tied no more", one.pairs_untied),
         ("transitions", replayed.transitions),
+        ("verdicts found in the log", replayed.recalled),
     ):
         table.add_row(name, "", str(value))
     for what, counts in (

@@ -83,6 +83,11 @@ class CreditSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # Answers cut off at a token limit: keep trains them, mask leaves the answer out, drop the whole rollout.
     truncated: Literal["keep", "mask", "drop"] = "keep"
 
+    @property
+    def policies(self) -> frozenset[str]:
+        """The policies that `agents` names; none where it names agents only."""
+        return frozenset(self.agents.values()) if isinstance(self.agents, dict) else frozenset()
+
 
 BUS_SECTIONS: dict[str, type[Section]] = {
     "run": RunSection,

@@ -13,8 +13,9 @@ import msgspec
 
 T = TypeVar("T")
 
-POLICY_WEIGHTS = "weights/policy"  # the resource whose versions the engine serves and the trainer publishes
-POLICY_PINS = "pins/policy"  # which of them are kept; each version is the whole list
+POLICY = "policy"  # what the only policy of a run is called here, whatever agents call it
+POLICY_WEIGHTS = f"weights/{POLICY}"  # the resource whose versions the engine serves and the trainer publishes
+POLICY_PINS = f"pins/{POLICY}"  # which of them are kept; each version is the whole list
 
 
 class Resource(msgspec.Struct, frozen=True, array_like=True):
@@ -55,6 +56,22 @@ class Pins(msgspec.Struct, frozen=True):
     """The weight versions whose files stay, however old they get."""
 
     versions: list[int] = []
+
+
+def weights_of(policy: str) -> str:
+    """Return the resource that holds a policy's weight versions: each of several policies numbers its own."""
+    return f"weights/{policy}"
+
+
+def pins_of(policy: str) -> str:
+    """Return the resource that says which of a policy's versions are kept."""
+    return f"pins/{policy}"
+
+
+def policy_of(resource: str) -> str | None:
+    """Return the policy whose weight versions a resource holds; None for any other resource."""
+    kind, _, policy = resource.partition("/")
+    return policy if kind == "weights" and policy else None
 
 
 def encode(value: msgspec.Struct) -> bytes:

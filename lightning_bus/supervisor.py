@@ -29,7 +29,7 @@ from anyio.abc import Process, TaskStatus
 
 from lightning_bus.client import Client
 from lightning_bus.clock import monotonic_s
-from lightning_bus.config import BrokerSection, GatewaySection, RunFile, Section, load, to_toml_table
+from lightning_bus.config import BrokerSection, CreditSection, GatewaySection, RunFile, Section, load, to_toml_table
 from lightning_bus.daemon import LIFELINE, client_address, run_secret
 from lightning_bus.errors import CallError, ConfigError, LightningBusError, StopProcess, StorageError, VersionError
 from lightning_bus.keys import ensure_run_keys, keys_directory
@@ -168,6 +168,8 @@ def daemons(file: RunFile, directory: Path) -> list[Daemon]:
     table = to_toml_table(file)
     workers = int(table.get("worker", {}).get("processes", 1))
     engines = own_engines(table.get("serve", {}), gateway.upstreams)
+    if len(file.section(CreditSection).policies) > 1:  # agents ask for all of them from the first rollout on
+        engines = gateway.upstreams
     # It may load a large model, compile it, and then fetch newer weights than those it began with.
     engines_limit_s = 2 * float(table.get("serve", {}).get("start_limit_s", 300.0))
     keys = keys_directory(file.section(BrokerSection).keys, directory)

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from lightning_bus import (
     KEY_ENV,
+    POLICY,
     BrokenError,
     BrokerSection,
     Client,
@@ -32,7 +33,7 @@ from lightning_bus import (
     wall_ns,
 )
 from trainer.config import ServeSection, replica_urls
-from trainer.registry import Registry, find_file, pin, read_bus, read_log, unpin
+from trainer.registry import Registry, find_file, pin, published_as, read_bus, read_log, unpin
 from trainer.replicas import Replica, ask_replicas, compare_replicas
 
 T = TypeVar("T")
@@ -59,6 +60,10 @@ EngineOption = Annotated[
     list[str] | None,
     typer.Option(help="Base URL of a replica; repeatable. Default: those of the run's serve.bind.", show_default=False),
 ]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(help="Which of several policies of one log. Default: the run's own.", show_default=False),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 NumberArgument = Annotated[int, typer.Argument(metavar="VERSION", help="A version's number.", show_default=False)]
 
@@ -73,6 +78,7 @@ def list_(
     run: RunOption = None,
     bus: BusOption = None,
     key: KeyOption = None,
+    policy: PolicyOption = None,
     engine: EngineOption = None,
     last: Annotated[
         int, typer.Option("--last", "-n", min=1, help="How many of the newest; pinned ones always.")
@@ -83,21 +89,27 @@ def list_(
     """List the weight versions of a run, newest first: what made them, how good they are, where they lie, who serves them.
 
     With --run they are read from the run's log, so it works while the run goes on and when nothing runs; else they are
-    asked of a broker. Replicas are asked what they serve.
+    asked of a broker. Replicas are asked what they serve. Several policies of one log have versions of their own.
 
     Example: lightning-bus weights list --run runs/calc-seed0
     """
     file = None if run is None else load_run(run)
-    if file is None:
-        registry = _with_bus(None, bus, key, lambda client: read_bus(client, last=None if all_ else last))
+    whose = policy or (POLICY if file is None else published_as(file))
+    if file is not None and bus is None and (file.directory / "log").is_dir():
+        registry = read_log(file.directory, whose)
     else:
-        registry = read_log(file.directory)
+        limit = None if all_ else last
+        registry = _with_bus(file, bus, key, lambda client: read_bus(client, last=limit, policy=whose))
     replicas = anyio.run(ask_replicas, _replica_urls(file, engine))
     seen = Seen(registry, replicas, None if file is None else file.directory)
     shown = [registry.versions[number] for number in _newest_first(registry, None if all_ else last)]
     if json_:
         said = [{name: getattr(one, name) for name in one.__slots__} for one in replicas]
-        print(json.dumps({"versions": [seen.facts(version) for version in shown], "replicas": said}, indent=2))
+        print(
+            json.dumps(
+                {"policy": whose, "versions": [seen.facts(version) for version in shown], "replicas": said}, indent=2
+            )
+        )
         return
     _print_versions(shown, seen)
     for one in replicas:
@@ -112,6 +124,7 @@ def pin_command(
     version: NumberArgument,
     run: RunOption = None,
     bus: BusOption = None,
+    policy: PolicyOption = None,
     key: KeyOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -124,7 +137,8 @@ def pin_command(
     """
     file = None if run is None else load_run(run)
     directory = None if file is None else file.directory
-    added = _with_bus(file, bus, key, lambda client: pin(client, version, directory))
+    whose = policy or (POLICY if file is None else published_as(file))
+    added = _with_bus(file, bus, key, lambda client: pin(client, version, directory, whose))
     _tell(json_, f"version {version} is pinned" + ("" if added else " already"), version=version, pinned=True)
 
 
@@ -133,6 +147,7 @@ def unpin_command(
     version: NumberArgument,
     run: RunOption = None,
     bus: BusOption = None,
+    policy: PolicyOption = None,
     key: KeyOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -141,7 +156,8 @@ def unpin_command(
     Example: lightning-bus weights unpin 12 --run runs/calc-seed0
     """
     file = None if run is None else load_run(run)
-    removed = _with_bus(file, bus, key, lambda client: unpin(client, version))
+    whose = policy or (POLICY if file is None else published_as(file))
+    removed = _with_bus(file, bus, key, lambda client: unpin(client, version, whose))
     _tell(json_, f"version {version} is not pinned" + (" any more" if removed else ""), version=version, pinned=False)
 
 
@@ -188,7 +204,7 @@ def rollback(
     from trainer.rollback import publish, roll_back, untrained
 
     with untrained(file):
-        progress = roll_back(file.directory, read_log(file.directory), version)
+        progress = roll_back(file.directory, _published(file, key), version)
         replicas = anyio.run(ask_replicas, _replica_urls(file, engine))
         ready = [one.url for one in replicas if one.healthy and one.version.isdecimal()]
         done = anyio.run(publish, file, client_address(file.section(BrokerSection).bind), ready, BUS_LIMIT_S)
@@ -221,7 +237,7 @@ def export(
     file = load_run(run)
     from trainer.rollback import export as export_version
 
-    export_version(file, read_log(file.directory).get(version), directory)
+    export_version(file, _published(file, None).get(version), directory)
     _tell(
         json_, f"wrote version {version} to {directory}; try it: lightning-bus serve {directory}",
         version=version, directory=str(directory),
@@ -247,6 +263,13 @@ def _with_bus(file: RunFile | None, bus: str | None, key: Path | None, ask: Call
         raise BrokenError(
             f"no broker answers at {address}, and this needs one. Start the run, or only: {start}"
         ) from exc
+
+
+def _published(file: RunFile, key: Path | None) -> Registry:
+    """Return what a run published, from its log; from the broker where that log belongs to another run of the same agents."""
+    if (file.directory / "log").is_dir():
+        return read_log(file.directory, published_as(file))
+    return _with_bus(file, None, key, lambda client: read_bus(client, policy=published_as(file)))
 
 
 def _replica_urls(file: RunFile | None, engine: list[str] | None) -> list[str]:
@@ -286,7 +309,9 @@ class Seen:
 
 
 def _print_versions(shown: Sequence[WeightVersion], seen: Seen) -> None:
-    table = Table()
+    table = Table(
+        title=None if seen.registry.policy == POLICY else f"policy {seen.registry.policy}", title_justify="left"
+    )
     for heading in ("version", "parent", "made by", "reward", "held out", "age", "checksum", "file", "", "served by"):
         table.add_column(heading, overflow="fold")
     for version in shown:

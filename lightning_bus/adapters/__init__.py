@@ -1,6 +1,6 @@
 """From recorded spans to training rows: pure functions over the log, replayable without touching an agent."""
 
-from lightning_bus.adapters.advantages import Gae, gae, rollout_advantages
+from lightning_bus.adapters.advantages import Gae, gae, gae_batch, rollout_advantages
 from lightning_bus.adapters.air import RuleSection, automatic_rewards
 from lightning_bus.adapters.causes import Causes
 from lightning_bus.adapters.credit import Episode, call_advantages
@@ -17,5 +17,6 @@ __all__ = [
     "FINAL", "Assembler", "Caller", "Callers", "Causes", "Cursor", "Episode", "FinishedRollout", "Gae", "Group",
     "Groups", "MergeStats", "Reward", "RewardsSection", "RolloutRewards", "Row", "RuleSection", "ScoredGroup",
     "ScoredRollout", "Selection", "SourceReport", "Transition", "TransitionStream", "Transitions",
-    "automatic_rewards", "call_advantages", "gae", "rewards_of", "rollout_advantages", "scored", "transitions_of",
+    "automatic_rewards", "call_advantages", "gae", "gae_batch", "rewards_of", "rollout_advantages", "scored",
+    "transitions_of",
 ]  # fmt: skip

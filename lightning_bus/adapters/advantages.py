@@ -209,6 +209,64 @@ def gae(
     return Gae(estimates, np.where(acted, estimates + np.where(acted, values, 0.0), 0.0))
 
 
+def gae_batch(
+    rewards: Sequence[ArrayLike],
+    values: Sequence[ArrayLike],
+    *,
+    gammas: Sequence[ArrayLike] | float = 1.0,
+    lambdas: Sequence[ArrayLike] | float = 1.0,
+    bootstraps_N: ArrayLike | None = None,
+) -> list[Gae]:
+    """Generalised advantage estimation over many sequences of steps at once; each as `gae` has it.
+
+    rewards       N sequences, (T,) of their own length
+    values        as long: the critic's value of the state *before* each step
+    gammas        γ of every step, or (T,) for each sequence: what the way from step t to t + 1 discounts
+    lambdas       λ likewise
+    bootstraps_N  (N,) value of the state after each last step; None: 0, they all ended there
+
+    The sequences hold actions only: what lies between two of them, an observation, is left out by the caller, so the
+    next value and the next advantage are carried over it. Raises ValueError as `gae` does.
+    """
+    count = len(rewards)
+    lengths = [len(np.atleast_1d(np.asarray(one))) for one in rewards]
+    columns = max(lengths, default=0)
+
+    def padded(given: Sequence[ArrayLike] | float, what: str) -> Floats:
+        """(columns, N): every sequence ends in the last row, so that one loop from there serves them all."""
+        if isinstance(given, (int, float)):
+            return np.full((columns, count), float(given))
+        made = np.zeros((columns, count))
+        if len(given) != count:
+            raise ValueError(f"there are {count} sequences of rewards and {len(given)} of {what}")
+        for n, (one, length) in enumerate(zip(given, lengths, strict=True)):
+            steps = np.asarray(one, np.float64)
+            if steps.shape != (length,):
+                raise ValueError(f"sequence {n} has {length} rewards and {what} of shape {steps.shape}: they must fit")
+            made[columns - length :, n] = steps
+        return made
+
+    ends_N = np.zeros(count) if bootstraps_N is None else np.asarray(bootstraps_N, np.float64)
+    if ends_N.shape != (count,):
+        raise ValueError(f"there are {count} sequences and bootstrap values of shape {ends_N.shape}")
+    rewards_TN, values_TN = padded(rewards, "rewards"), padded(values, "values")
+    gammas_TN, lambdas_TN = padded(gammas, "gammas"), padded(lambdas, "lambdas")
+    if not all(np.isfinite(given).all() for given in (rewards_TN, values_TN, ends_N)):
+        raise ValueError(
+            "a reward, a value or the bootstrap value is not finite: drop the rollout before it is compared"
+        )
+    deltas_TN = rewards_TN + gammas_TN * np.vstack([values_TN[1:], ends_N]) - values_TN
+    decays_TN = gammas_TN * lambdas_TN
+    advantages_TN = deltas_TN
+    for t in range(columns - 2, -1, -1):
+        advantages_TN[t] += decays_TN[t] * advantages_TN[t + 1]
+    targets_TN = advantages_TN + values_TN
+    return [
+        Gae(advantages_TN[columns - length :, n].copy(), targets_TN[columns - length :, n].copy())
+        for n, length in enumerate(lengths)
+    ]
+
+
 def _spread(centred_N: Floats) -> float:
     return float(np.sqrt((centred_N**2).mean())) + STD_EPSILON if len(centred_N) else 1.0
 

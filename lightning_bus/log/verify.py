@@ -15,7 +15,7 @@ refused rather than lost. Their number is reported.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +27,8 @@ from lightning_bus.lifecycle import Event, IllegalMove, Status, next_status
 from lightning_bus.log.codec import decode_event, decode_record
 from lightning_bus.log.reader import LogReader
 from lightning_bus.records import Kind, Record
-from lightning_bus.resources import POLICY_WEIGHTS, Resource, WeightVersion, decode
-from lightning_bus.spans import decode_spans, is_model_call, model_call
+from lightning_bus.resources import POLICY, Resource, WeightVersion, decode, policy_of
+from lightning_bus.spans import REQUEST_MODEL, decode_spans, is_model_call, model_call
 
 OFFENDERS_SHOWN = 5
 ASIDE = frozenset({"replay", "purge"})  # done to a dead letter, which stays one
@@ -136,9 +136,9 @@ class Evidence:
         self._batches_missing = 0
         self._gaps: list[str] = []
         self._fenced_leave_records = False  # a batch of which nothing was kept left an empty record
-        self._versions: dict[int, tuple[int, WeightVersion]] = {}  # version → (offset, record)
+        self._versions: dict[str, dict[int, tuple[int, WeightVersion]]] = {}  # policy → version → (offset, record)
         self._trained_by: dict[tuple[str, int, bytes], WeightVersion] = {}
-        self._used_at: dict[str, int] = {}  # weight version → newest offset of a call that it produced
+        self._used_at: dict[tuple[str, str], int] = {}  # (model, weight version) → newest offset of a call of it
 
     def whole_records(self, reader: Reader) -> Iterator[Record]:
         """Yield the records that can be read; note those that cannot, and gaps."""
@@ -184,27 +184,8 @@ class Evidence:
             if life.ends != 1:
                 stands = life.status.value if life.status else "unknown"
                 self.once.offend(f"{rollout_id} ended {life.ends} times; it is {stands} at attempt {life.attempt}")
-        going_on = self._ancestors_of_newest()
-        for version, (offset, weights) in sorted(self._versions.items()):
-            if not weights.trained:
-                continue
-            self.served.looked_at += 1
-            used = self._used_at.get(str(version), -1) > offset
-            if not used and version not in going_on:
-                self.served.note = f"version {version} was rolled back before it was used"
-            elif not used:
-                self.served.offend(
-                    f"version {version} ({weights.phase} step {weights.step}): no call after record {offset} used it"
-                )
-            for rollout in weights.trained:
-                life = self._lives.get(rollout.rollout_id)
-                if life is None and self.first_offset > 0:
-                    continue  # counted as unproved, call by call
-                if life is None or life.status is not Status.SUCCEEDED or life.attempt != rollout.attempt:
-                    stands = f"{life.status.value} at attempt {life.attempt}" if life and life.status else "unknown"
-                    self.trained.offend(
-                        f"version {version} trained on {rollout.rollout_id} attempt {rollout.attempt}, which is {stands}"
-                    )
+        for policy in sorted(self._versions):
+            self._conclude_versions(policy)
         if self._fenced_leave_records:
             for gap in self._gaps:
                 self.batches.offend(gap)
@@ -222,14 +203,38 @@ class Evidence:
                 check.note = f"{check.note}; {dropped}" if check.note else dropped
         return checks
 
-    def _ancestors_of_newest(self) -> set[int]:
-        """The newest version and those that it came from: what a rollback gave up may never have been called."""
-        found: set[int] = set()
-        version = max(self._versions, default=None)
-        while version in self._versions and version not in found:
-            found.add(version)
-            version = self._versions[version][1].parent
-        return found
+    def _conclude_versions(self, policy: str) -> None:
+        """Check of one policy that its updates were used, and what they were trained on."""
+        known = self._versions[policy]
+        going_on = _ancestors_of_newest(known)
+        for version, (offset, weights) in sorted(known.items()):
+            if not weights.trained:
+                continue
+            self.served.looked_at += 1
+            used = self._used_after(policy, version, offset)
+            if not used and version not in going_on:
+                self.served.note = f"{_named(policy, version)} was rolled back before it was used"
+            elif not used:
+                self.served.offend(
+                    f"{_named(policy, version)} ({weights.phase} step {weights.step}): no call after record {offset} used it"
+                )
+            for rollout in weights.trained:
+                life = self._lives.get(rollout.rollout_id)
+                if life is None and self.first_offset > 0:
+                    continue  # counted as unproved, call by call
+                if life is None or life.status is not Status.SUCCEEDED or life.attempt != rollout.attempt:
+                    stands = f"{life.status.value} at attempt {life.attempt}" if life and life.status else "unknown"
+                    self.trained.offend(
+                        f"{_named(policy, version)} trained on {rollout.rollout_id} attempt {rollout.attempt}, which is {stands}"
+                    )
+
+    def _used_after(self, policy: str, version: int, offset: int) -> bool:
+        """True when a later call was answered by this version of this policy. Agents may call the only policy anything."""
+        return any(
+            at > offset
+            for (model, used), at in self._used_at.items()
+            if used == str(version) and (model == policy or (policy == POLICY and model not in self._versions))
+        )
 
     def _take_event(self, record: Record) -> None:
         event = decode_event(record)
@@ -317,25 +322,27 @@ class Evidence:
                 call = model_call(span)
                 self._calls[record.rollout_id, record.attempt, span.span_id] = call.untrainable
                 for version, _, _ in call.weight_versions:
-                    self._used_at[version] = record.offset
+                    self._used_at[str(span.attributes.get(REQUEST_MODEL, "")), version] = record.offset
 
     def _take_resource(self, record: Record) -> None:
         resource = msgspec.msgpack.decode(record.body, type=Resource)
-        if resource.name != POLICY_WEIGHTS:
+        policy = policy_of(resource.name)
+        if policy is None:
             return
+        known = self._versions.setdefault(policy, {})
         weights = decode(resource, WeightVersion)
         version = resource.version
         self.versions.looked_at += 1
         if weights.version != version:
-            self.versions.offend(f"version {version} calls itself {weights.version}")
-        if self._versions and version <= max(self._versions):
-            self.versions.offend(f"version {version} was published after version {max(self._versions)}")
-        oldest = min(self._versions, default=version)
+            self.versions.offend(f"{_named(policy, version)} calls itself {weights.version}")
+        if known and version <= max(known):
+            self.versions.offend(f"{_named(policy, version)} was published after version {max(known)}")
+        oldest = min(known, default=version)
         if self.first_offset > 0 and weights.parent is not None and weights.parent < oldest:
             self.versions.unproved += 1
-        elif weights.parent is not None and (weights.parent not in self._versions or weights.parent >= version):
-            self.versions.offend(f"version {version} has the unpublished parent {weights.parent}")
-        self._versions[version] = (record.offset, weights)
+        elif weights.parent is not None and (weights.parent not in known or weights.parent >= version):
+            self.versions.offend(f"{_named(policy, version)} has the unpublished parent {weights.parent}")
+        known[version] = (record.offset, weights)
         for rollout in weights.trained:
             for span_id in rollout.span_ids:
                 self._take_trained(weights, (rollout.rollout_id, rollout.attempt, span_id))
@@ -362,6 +369,20 @@ class Evidence:
         if before is not None and (before is weights or {before.phase, weights.phase} - REPEATING_PHASES):
             self.trained_once.offend(f"{here}; version {before.version} did already")
         self._trained_by[call] = weights
+
+
+def _named(policy: str, version: int) -> str:
+    return f"version {version}" if policy == POLICY else f"version {version} of {policy}"
+
+
+def _ancestors_of_newest(known: Mapping[int, tuple[int, WeightVersion]]) -> set[int]:
+    """The newest version and those that it came from: what a rollback gave up may never have been called."""
+    found: set[int] = set()
+    version = max(known, default=None)
+    while version is not None and version in known and version not in found:
+        found.add(version)
+        version = known[version][1].parent
+    return found
 
 
 def _status_after(status: Status | None, what: str) -> Status:

@@ -37,7 +37,7 @@ def emit_reward(
     """Record a reward: a finite number, or several by name with one of them primary.
 
     name         what it measures
-    span         the span it is for (a live span, its id, or the id in hex); None: the rollout
+    span         the span it is for (a live span, ours or OpenTelemetry's, its id, or the id in hex); None: the rollout
     reward       the same as `value`
     primary_key  of several: the one that counts, the others being its dimensions
     """
@@ -213,6 +213,9 @@ def _finite(value: object) -> float:
 
 
 def _span_id(span: object) -> bytes:
+    context = getattr(span, "get_span_context", None)
+    if callable(context):  # OpenTelemetry's own, as its SDK and instrumented frameworks hand them out: ids are numbers
+        span = cast("Any", context()).span_id.to_bytes(8, "big")
     span = getattr(span, "span_id", span)
     if isinstance(span, str):
         try:

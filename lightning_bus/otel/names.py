@@ -52,7 +52,7 @@ __all__ = [
     "REQUEST_MODEL", "RESOURCE", "RESPONSE_BODY", "RESPONSE_IDS", "RETRY_COUNT", "REWARD", "REWARD_DIMENSION",
     "REWARD_MALFORMED", "REWARD_NAME", "REWARD_SPAN", "REWARD_SPAN_NAME", "ROLLOUT_ID", "ROUTE", "SCOPE", "SEED",
     "SEQUENCE", "SKEWED", "STOP", "TEMPERATURE", "TOKEN", "TOP_K", "TOP_P", "UNTRAINABLE", "USER_AGENT",
-    "WEIGHT_VERSIONS", "translate",
+    "VERDICT", "VERDICT_REWARDS", "WEIGHT_VERSIONS", "translate",
 ]  # fmt: skip
 
 # Whose span it is: attributes of a resource or of a span on its way in. The record has fields for them.
@@ -65,6 +65,8 @@ TOKEN = "lightning.token"  # the attempt's API key, for what comes through a col
 REWARD_DIMENSION = "lightning.reward.dimension."  # + name: the other numbers of a reward that has several
 REWARD_SPAN = "lightning.reward.span_id"  # hex; the span that the reward is for, where it is not for the rollout
 REWARD_MALFORMED = "lightning.reward.malformed"  # what came as a reward and is no finite number
+VERDICT = "lightning.verdict"  # the code of the reward hook that gave this reward, after its rollout had ended
+VERDICT_REWARDS = "lightning.verdict.rewards"  # [[span id, value, source], …], where it gave rewards for spans
 ANNOTATION_SPAN_NAME = "lightning.annotation"
 MESSAGE_SPAN_NAME = "lightning.message"
 MESSAGE_BODY = "lightning.message.body"

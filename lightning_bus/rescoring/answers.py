@@ -33,7 +33,9 @@ class Dropped(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The hook is loaded."""
+    """The hook is loaded. code: a digest of the file that it stands in."""
+
+    code: str = ""
 
 
 class NotLoaded(msgspec.Struct, frozen=True, tag=True):

@@ -9,6 +9,7 @@ prints goes to stderr. The process ends when its parent is gone, also while the 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import inspect
 import os
@@ -17,6 +18,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
@@ -38,7 +40,7 @@ def main(hook_path: str, memory_bytes: int) -> None:
         hook = load(hook_path)
     except Exception as exc:
         return write(answers, NotLoaded(f"{type(exc).__name__}: {exc}"))
-    write(answers, Ready())
+    write(answers, Ready(code_of(hook)))
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(rollouts, inbox), daemon=True).start()
     with asyncio.Runner() as runner:
@@ -61,6 +63,17 @@ def load(path: str) -> Callable[[FinishedRollout], Any]:
     if not callable(found):
         raise TypeError(f"{path} is a {type(found).__name__}, not a function")
     return found
+
+
+def code_of(hook: Callable[..., Any]) -> str:
+    """Return a digest of the file that a hook stands in, by which a hook that was changed is told from what it was."""
+    whole = inspect.unwrap(hook)
+    place: Any = whole if hasattr(whole, "__code__") or inspect.isclass(whole) else whole.__class__
+    try:
+        body = Path(inspect.getsourcefile(place) or "").read_bytes()
+    except (TypeError, OSError):  # built in, or made at run time
+        body = repr(hook).encode()
+    return hashlib.blake2b(body, digest_size=8).hexdigest()
 
 
 def write(file: BinaryIO, answer: Answer | Ready | NotLoaded) -> None:

@@ -18,6 +18,7 @@ from lightning_bus.log.backup import appearing
 from lightning_bus.log.reader import LogReader
 from lightning_bus.log.tables import Format, check_format, open_table
 from lightning_bus.rescoring.runs import Progress, finished_groups, finished_rollouts
+from lightning_bus.rescoring.verdicts import Verdicts
 
 Returns = Callable[[FinishedRollout], float | None]
 
@@ -29,9 +30,14 @@ class ExportedRows(NamedTuple):
     left_out: dict[str, int]
 
 
-def returns_by(section: RewardsSection) -> Returns:
-    """Return a function that gives a rollout's return as recorded and by a run's rules; no hook is asked."""
-    return lambda rollout: rewards_of(rollout, section).total
+def returns_by(section: RewardsSection, verdicts: Verdicts | None = None) -> Returns:
+    """Return a function that gives a rollout's return as recorded and by a run's rules; no hook is asked.
+
+    verdicts  what the run's hook said when the run was trained
+    """
+    if verdicts is None:
+        return lambda rollout: rewards_of(rollout, section).total
+    return lambda rollout: rewards_of(verdicts.apply(rollout), section).total
 
 
 def returns_from(scores: Mapping[str, Scoring]) -> Returns:

@@ -4,6 +4,7 @@
 
     async with HookPool("my_rewards:reward", processes=2, limit_s=5.0) as hooks:
         answers = await hooks.ask(rollouts)         # Given or Dropped, one for each, in the same order
+        rollouts = await hooks.judge(rollouts)      # the same rollouts with what the hook says as their rewards
 
 What always holds: each rollout gets an answer. A hook that raises, hangs, dies or returns what is no reward gives
 Dropped with its reason, never a 0; what hangs is killed with everything that it started, and the next rollouts go on in
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -35,14 +36,18 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from lightning_bus.adapters import FinishedRollout, RewardsSection
 from lightning_bus.errors import ConfigError
 from lightning_bus.lifecycle import Status
-from lightning_bus.rescoring.answers import LENGTH, Answer, Dropped, NotLoaded, Ready
+from lightning_bus.rescoring.answers import LENGTH, Answer, Dropped, Given, NotLoaded, Ready
+from lightning_bus.rescoring.verdicts import Verdicts, judged, verdict_span
+from lightning_bus.spans import Span
+
+Keep = Callable[[Sequence[Span]], Awaitable[None]]
 
 AT_A_TIME = 16  # rollouts that one process is handed at once, so that it need not wait for us; async hooks work on all
 START_LIMIT_S = 60.0  # a hook may import torch
 ANSWER_BYTES_MAX = 64 << 20
 
 _answers = msgspec.msgpack.Decoder(Answer | Ready | NotLoaded)
-_encode = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder(enc_hook=list).encode  # RecordedSpans go as what they hold
 
 
 class HookPool:
@@ -53,23 +58,47 @@ class HookPool:
         limit_s       for one rollout; then its process is killed
         memory_bytes  of address space for each process; 0: no limit
         """
+        self.hook = hook
         self._asked = anyio.Lock()  # a process answers one who asks at a time
         self._children = [_Child(hook, limit_s, memory_bytes) for _ in range(processes)]
+
+    @property
+    def code(self) -> str:
+        """A digest of the file that the hook stands in, known while the pool is open: a changed hook is another judge."""
+        return self._children[0].code
 
     async def ask(self, rollouts: Sequence[FinishedRollout]) -> list[Answer]:
         """Return the hook's answer for each rollout, in their order."""
         async with self._asked:
             return await self._ask(rollouts)
 
-    async def judge(self, rollouts: Sequence[FinishedRollout]) -> list[FinishedRollout]:
+    async def judge(
+        self, rollouts: Sequence[FinishedRollout], *, known: Verdicts | None = None, keep: Keep | None = None
+    ) -> list[FinishedRollout]:
         """Return the rollouts with what the hook says of them as their reward; see `FinishedRollout.judged`.
+
+        known  verdicts that are in the log: the hook is not asked again
+        keep   has to make the spans of new verdicts durable, which are not handed out before
 
         Rollouts that did not succeed are returned as they are, and so is the recorded reward where the hook rewards
         spans only. One that the hook fails on has no reward any more, which is not a reward of 0.
         """
-        asked = [rollout for rollout in rollouts if rollout.status is Status.SUCCEEDED]
-        answers = iter(await self.ask(asked))
-        return [_judged(one, next(answers)) if one.status is Status.SUCCEEDED else one for one in rollouts]
+        told = {at: known.of(one) for at, one in enumerate(rollouts)} if known is not None else {}
+        asked = [at for at, one in enumerate(rollouts) if one.status is Status.SUCCEEDED and told.get(at) is None]
+        answers = dict(zip(asked, await self.ask([rollouts[at] for at in asked]), strict=True))
+        new = [(rollouts[at], answer.given) for at, answer in answers.items() if isinstance(answer, Given)]
+        if keep is not None and new:
+            await keep([verdict_span(one, given, hook=self.hook, code=self.code) for one, given in new])
+        result: list[FinishedRollout] = []
+        for at, rollout in enumerate(rollouts):
+            given = told.get(at)
+            if rollout.status is not Status.SUCCEEDED:
+                result.append(rollout)
+            elif given is not None:
+                result.append(judged(rollout, given))
+            else:
+                result.append(_answered(rollout, answers[at]))
+        return result
 
     async def _ask(self, rollouts: Sequence[FinishedRollout]) -> list[Answer]:
         waiting = deque(range(len(rollouts)))
@@ -122,20 +151,17 @@ async def reward_hooks(section: RewardsSection) -> AsyncGenerator[HookPool | Non
         yield pool
 
 
-def _judged(rollout: FinishedRollout, answer: Answer) -> FinishedRollout:
+def _answered(rollout: FinishedRollout, answer: Answer) -> FinishedRollout:
     if isinstance(answer, Dropped):
         return replace(rollout, reward=None, not_judged=answer.reason, error=answer.detail)
-    given = answer.given
-    if not isinstance(given, list):
-        return replace(rollout, reward=given, judged=given)
-    own = [reward.value for reward in given if not reward.span_id]
-    return replace(rollout, reward=math.fsum(own) if own else rollout.reward, judged=given)
+    return judged(rollout, answer.given)
 
 
 class _Child:
     """One process, started anew when it had to be killed."""
 
     def __init__(self, hook: str, limit_s: float, memory_bytes: int) -> None:
+        self.code = ""
         self._hook = hook
         self._limit_s = limit_s
         self._command = [sys.executable, "-m", "lightning_bus.rescoring.child", hook, str(memory_bytes)]
@@ -157,6 +183,7 @@ class _Child:
             await self.kill()
             why = said.error if isinstance(said, NotLoaded) else f"its process ended, or took over {START_LIMIT_S:g} s"
             raise ConfigError(f"the reward hook {self._hook!r} cannot be loaded: {why}.")
+        self.code = said.code
 
     async def ask(self, rollouts: Sequence[FinishedRollout]) -> list[Answer]:
         answers: list[Answer] = []

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import msgspec
 import numpy as np
 
@@ -42,8 +43,9 @@ from lightning_bus.lifecycle import Status
 from lightning_bus.log.backup import appearing
 from lightning_bus.log.reader import LogReader
 from lightning_bus.log.tables import Format, Table, check_format, open_table
-from lightning_bus.rescoring.hooks import reward_hooks
+from lightning_bus.rescoring.hooks import HookPool, reward_hooks
 from lightning_bus.rescoring.runs import Progress, finished_groups
+from lightning_bus.rescoring.verdicts import Verdicts, read_verdicts
 
 ROLLOUTS_AT_A_TIME = 256  # that a hook is asked about, so that its processes are kept busy
 
@@ -112,11 +114,13 @@ class Replayed:
     unplaced: Counter[str] = field(default_factory=Counter[str])  # rewards that belong to no call
     merged: MergeStats = field(default_factory=MergeStats)
     transitions: int = 0
+    recalled: int = 0  # rollouts whose verdict the log had, so that the hook was not asked
 
     def facts(self) -> dict[str, Any]:
         """Return it as plain values, for JSON."""
         return {
             "rollouts": self.differences.rollouts, "transitions": self.transitions,
+            "recalled": self.recalled,
             "rows_per_rollout": self.merged.rows_per_rollout, "merge_ratio": self.merged.merge_ratio,
             "dropped": dict(self.dropped), "left_out": dict(self.left_out), "unplaced": dict(self.unplaced),
             "differences": self.differences.facts(),
@@ -127,8 +131,9 @@ class Replayed:
 class Rescoring:
     """How to score. The hook and its limits are those of `rewards`.
 
-    before   what the new scoring is compared with: the [rewards] that the run had, without a hook
-    against  instead: the returns of an earlier replay, by rollout
+    before     what the new scoring is compared with: the [rewards] that the run had, with what its hook said then
+    against    instead: the returns of an earlier replay, by rollout
+    ask_again  ask the hook about every rollout, also where the log has the verdict of the same code
     """
 
     rewards: RewardsSection = field(default_factory=RewardsSection)
@@ -136,6 +141,7 @@ class Rescoring:
     before: RewardsSection = field(default_factory=RewardsSection)
     against: Mapping[str, Scoring] | None = None
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    ask_again: bool = False
 
     def __post_init__(self) -> None:
         if self.credit.rule == "value":
@@ -191,11 +197,16 @@ async def _replay(
     selection = Selection.of(how.credit.agents)
     groups = finished_groups(reader, labels=how.labels, progress=progress)
     async with reward_hooks(how.rewards) as hooks:
+        known, before = await anyio.to_thread.run_sync(_recorded_verdicts, reader, how, hooks)
         for batch in _batches(groups):
             flat = [rollout for group in batch for rollout in group]
-            judged = iter(flat if hooks is None else await hooks.judge(flat))
+            after = iter(flat if hooks is None else await hooks.judge(flat, known=known))
+            replayed.recalled += sum(known.of(one) is not None for one in flat) if known is not None else 0
             for group in batch:
-                scored = [_score(rollout, next(judged), how, selection) for rollout in group]
+                scored = [
+                    _score(rollout if before is None else before.apply(rollout), next(after), how, selection)
+                    for rollout in group
+                ]
                 scored = _with_advantages(scored, how.credit)
                 for one in scored:
                     _count(one, replayed)
@@ -209,6 +220,18 @@ async def _replay(
                 ]
                 replayed.differences.add_group(group[0].group or group[0].rollout_id, compared)
     return replayed
+
+
+def _recorded_verdicts(
+    reader: LogReader, how: Rescoring, hooks: HookPool | None
+) -> tuple[Verdicts | None, Verdicts | None]:
+    """Return the verdicts that need not be asked for again, and those that the run was trained by."""
+    known = None if hooks is None or how.ask_again else Verdicts(hooks.hook, code=hooks.code)
+    before = Verdicts(how.before.hook) if how.before.hook and how.against is None else None
+    wanted = [one for one in (known, before) if one is not None]
+    if wanted:
+        read_verdicts(reader.records(), *wanted)
+    return known, before
 
 
 def _batches(groups: Iterable[list[FinishedRollout]]) -> Iterator[list[list[FinishedRollout]]]:

@@ -62,3 +62,19 @@ def gae(
     return [
         math.fsum((gamma * lambda_) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))
     ]
+
+
+def gae_by_step(
+    rewards: Sequence[float],
+    values: Sequence[float],
+    gammas: Sequence[float],
+    lambdas: Sequence[float],
+    bootstrap: float,
+) -> list[float]:
+    """A_t = Σ_k (γ_t λ_t … γ_{k−1} λ_{k−1}) δ_k, each sum and each product written out."""
+    after = [*values[1:], bootstrap]
+    deltas = [rewards[t] + gammas[t] * after[t] - values[t] for t in range(len(rewards))]
+    return [
+        math.fsum(math.prod(gammas[j] * lambdas[j] for j in range(t, k)) * deltas[k] for k in range(t, len(deltas)))
+        for t in range(len(deltas))
+    ]

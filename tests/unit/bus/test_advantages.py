@@ -13,6 +13,7 @@ from lightning_bus.adapters import advantages as module
 from lightning_bus.adapters.advantages import (
     dr_grpo_advantages,
     gae,
+    gae_batch,
     group_advantages,
     maxrl_advantages,
     reinforce_pp_advantages,
@@ -179,3 +180,42 @@ def test_gae_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="not finite"):
         gae([1.0], [1.0], bootstrap=float("inf"))
     assert gae([1.0, 1.0], [0.5, float("nan")], acted_T=[True, False]).advantages_T.tolist() == [1.5, 0.0]
+
+
+sequences = st.lists(
+    st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5), shares, shares), max_size=9), min_size=0, max_size=6
+)
+
+
+@given(sequences, st.lists(st.floats(-5, 5), min_size=6, max_size=6))
+def test_gae_of_many_sequences_equals_the_sums_written_out_of_each(made: Any, ends: list[float]) -> None:
+    columns = [[[step[k] for step in one] for one in made] for k in range(4)]
+    rewards, values, gammas, lambdas = columns
+    found = gae_batch(rewards, values, gammas=gammas, lambdas=lambdas, bootstraps_N=ends[: len(made)])
+    assert len(found) == len(made)
+    for n, one in enumerate(found):
+        expected = reference.gae_by_step(rewards[n], values[n], gammas[n], lambdas[n], ends[n])
+        np.testing.assert_allclose(one.advantages_T, expected, atol=1e-9)
+        np.testing.assert_allclose(one.targets_T, one.advantages_T + values[n], atol=1e-9)
+
+
+@given(st.lists(steps, min_size=1, max_size=5), shares, shares, st.floats(-5, 5))
+def test_gae_of_many_equals_gae_of_one(many: Any, gamma: float, lambda_: float, end: float) -> None:
+    rewards, values = [split(one)[0] for one in many], [split(one)[1] for one in many]
+    found = gae_batch(rewards, values, gammas=gamma, lambdas=lambda_, bootstraps_N=[end] * len(many))
+    for n, one in enumerate(found):
+        alone = gae(rewards[n], values[n], gamma=gamma, lambda_=lambda_, bootstrap=end)
+        np.testing.assert_allclose(one.advantages_T, alone.advantages_T, atol=1e-9)
+
+
+def test_gae_of_many_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="1 sequences of rewards and 2 of values"):
+        gae_batch([[1.0]], [[1.0], [2.0]])
+    with pytest.raises(ValueError, match="they must fit"):
+        gae_batch([[1.0, 2.0]], [[1.0]])
+    with pytest.raises(ValueError, match="bootstrap values of shape"):
+        gae_batch([[1.0]], [[1.0]], bootstraps_N=[0.0, 0.0])
+    with pytest.raises(ValueError, match="not finite"):
+        gae_batch([[1.0]], [[float("nan")]])
+    with pytest.raises(ValueError, match="not finite"):
+        gae_batch([[1.0]], [[1.0]], bootstraps_N=[float("inf")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import anyio
 import pytest
 import tomli_w
 
-from lightning_bus import HookPool, Record
+from lightning_bus import REWARD, HookPool, Record, Span
 from lightning_bus.adapters import Cursor, FinishedRollout, RewardsSection, RuleSection, scored
 from lightning_bus.config import load, to_toml_table
 from lightning_bus.daemon import sections
@@ -20,7 +20,7 @@ from lightning_bus.lifecycle import Status
 from lightning_bus.log.reader import LogReader
 from tests.recorded_agent import Play
 from tests.recorded_run import write_run
-from trainer.algorithms.rl import reward_shares
+from trainer.algorithms.lines import reward_shares
 from trainer.data.stream import EVAL, TRAIN, RolloutStream
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="hook processes need process groups")
@@ -36,8 +36,17 @@ def reward(rollout):
 class Log:
     """A log that has been read to its end. Stands for the bus."""
 
+    session = "trainer"
+
     def __init__(self, records: list[Record]) -> None:
         self.records = records
+        self.appended: list[Span] = []
+
+    async def fetch(self, offset: int, *, bytes_max: int) -> tuple[list[Record], int, int]:
+        return [], offset, len(self.records)
+
+    async def append(self, rollout_id: str, attempt: int, spans: Sequence[Span]) -> None:
+        self.appended += spans
 
     async def follow(self, offset: int) -> AsyncIterator[Record]:
         for record in self.records[offset:]:
@@ -78,6 +87,7 @@ def test_a_hook_judges_what_is_trained_on_and_what_is_evaluated(
         (1.0, ""), (None, "hook raised ValueError"), (None, ""),
     ]  # fmt: skip
     assert evaluated.reward == 0.5
+    assert [(one.rollout_id, one.attributes[REWARD]) for one in bus.appended] == [("a", 1.0), ("e", 0.5)]
     made, dropped = scored(
         trained, rewards=RewardsSection(rules=[RuleSection(on="format_ok", value=0.5, pattern="done")])
     )
