@@ -23,7 +23,7 @@ import torch
 from lightning_bus import BrokenError, CallError, Client, Conflict, RunFile, WeightVersion
 from trainer.optimize import checkpoint
 from trainer.policy.model import load_policy, load_tokenizer, named_weights, save_policy
-from trainer.registry import Registry, check_is, file_of
+from trainer.registry import Registry, check_is, file_of, with_base
 from trainer.session import Progress, Session, storing
 
 
@@ -51,12 +51,18 @@ def roll_back(directory: Path, registry: Registry, number: int) -> Progress:
     path = checkpoint.latest(checkpoints)
     if path is None:
         raise Conflict(f"{checkpoints} holds no checkpoint: nothing has been trained yet, so there is nothing to undo")
-    now = checkpoint.read(path).extra
+    current = checkpoint.read(path)
+    now = current.extra
     newest = max(now["version"], -1 if registry.newest is None else registry.newest.version)
     target = registry.get(number)
     if number == newest:
         raise Conflict(f"version {number} is the newest: there is nothing to go back from")
     stored = _stored(target, directory)
+    if stored.weights.keys() != current.weights.keys():
+        raise Conflict(
+            f"version {number} is the base that this run trains an adapter on, and no adapter: go back to a later version, "
+            "or start a new run from it"
+        )
     then = msgspec.convert(stored.extra, Progress)
     progress = msgspec.convert(now, Progress)
     # Imitation is not repeated: its rollouts lie before the stream's cursor, where nobody looks any more.
@@ -111,7 +117,7 @@ def export(run: RunFile, version: WeightVersion, target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Conflict(f"{target} exists and is not empty. Name a new directory.")
     policy = run.directory / "policy"
-    weights = _stored(version, run.directory).weights
+    weights = with_base(_stored(version, run.directory).weights, file_of(version, run.directory))
     model = load_policy(policy)
     own = dict(named_weights(model))
     if own.keys() != weights.keys():

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from tests.engines import ServedEngine, build_parrot, load, serve_embedded, serve_vllm
 from tests.unit.trainer.test_serving_weights import Damage, change_a_shape, flip_a_bit, lose_a_name, overwrite, remove
 from trainer.policy.model import named_weights
-from trainer.serving.errors import EngineAnsweredError, WeightsRefusedError, WeightUpdateError
+from trainer.serving.adapters import push_adapter
+from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
 from trainer.serving.fleet import Fleet
 from trainer.serving.proof import differences, evidence
-from trainer.serving.push import FileOffer, FileTransfer, PushTimes, Target, push, push_adapter
+from trainer.serving.push import FileOffer, FileTransfer, PushTimes, Target, push
 from trainer.serving.remote import RemoteEngine
 from trainer.serving.slots import WeightDirectory, WeightSlots
 
@@ -152,7 +153,7 @@ async def test_an_adapter_is_pushed_in_place_of_the_one_before(
     engine: RemoteEngine, served: ServedEngine, directory: Path, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     if served.kind == "embedded":  # it serves whole models: an adapter is refused, and it goes on
-        with pytest.raises(EngineAnsweredError, match="404"):
+        with pytest.raises(WeightsRefusedError, match="404"):
             await push_adapter(engine, "policy-lora", tmp_path, "41")
         assert not await engine.is_paused() and await engine.health()
         return
@@ -173,11 +174,15 @@ async def test_an_adapter_is_pushed_in_place_of_the_one_before(
         times = await push_adapter(engine, "policy-lora", adapter, version)
         assert times.standstill_ms > 0 and await engine.label() == version
         merged = {**weights, f"{name}.weight": weights[f"{name}.weight"] + 8 / 4 * up @ down}
-        body = {"model": "policy-lora", "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": 0}
-        async with httpx.AsyncClient(timeout=60) as client:
-            answer = (await client.post(f"{served.url}/v1/completions", json={**body, "cache_salt": version})).json()
-        found = answer["choices"][0]["logprobs"]["token_logprobs"][0]
-        assert found == pytest.approx(await expected(directory, merged), abs=1e-3)
+        sampling = {"max_tokens": 1, "temperature": 0, "logprobs": 0}
+        text = {"model": "policy-lora", "prompt": PROMPT, "cache_salt": version, **sampling}
+        ids = {"model": "policy-lora", "token_ids": PROMPT, "cache_salt": version, "sampling_params": sampling}
+        async with httpx.AsyncClient(timeout=60, base_url=served.url) as client:
+            completed = (await client.post("/v1/completions", json=text)).json()["choices"][0]
+            generated = (await client.post("/inference/v1/generate", json=ids)).json()["choices"][0]
+        found = [completed["logprobs"]["token_logprobs"][0], generated["logprobs"]["content"][0]["logprob"]]
+        assert found == pytest.approx([await expected(directory, merged)] * 2, abs=1e-3)
+        assert [span["version"] for span in generated["weight_versions"]] == [version]
     assert await answered(engine) == pytest.approx(await expected(directory, weights), abs=1e-4)
 
 

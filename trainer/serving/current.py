@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import anyio.to_thread
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_bus import Client, NotFound, WeightVersion
+from lightning_bus import POLICY, Client, NotFound, WeightVersion
 from trainer import registry
 from trainer.config import ServeSection
+from trainer.policy.lora import ALL_LINEAR, write_adapter, zero_adapter
 from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
 from trainer.serving.remote import BEHIND, RemoteEngine
 from trainer.serving.slots import shm_directory, write_weights
@@ -37,6 +39,21 @@ UNREADABLE = (NotFound, ValueError, OSError)  # what a version whose file is gon
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """The name of the model that answers with an adapter, and the shape of the first one, which adds nothing."""
+
+    name: str
+    rank: int
+    alpha: float | None = None
+    targets: Sequence[str] = ()
+
+    def first(self, base: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return zero_adapter(base, self.rank, alpha=self.alpha, targets=self.targets or ALL_LINEAR)
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -46,12 +63,16 @@ class Weights:
     run_directory  where its files are
     pinned         the version that is served for good; None: the newest
     bus_limit_s    for each question to the broker, which may be restarting
+    policy         whose versions, as `registry.published_as` names it
+    adapter        what a version's adapter is served as, where replicas take adapters; None: whole models
     """
 
     bus_address: str | None
     run_directory: Path
     pinned: int | None = None
     bus_limit_s: float = 30.0
+    policy: str = POLICY
+    adapter: ServedAdapter | None = None
 
     async def wanted(self) -> WeightVersion | None:
         """Return the version to be served now; None before the first.
@@ -59,10 +80,12 @@ class Weights:
         Raises NotFound for a pinned one that was never published, BrokenError when the broker does not answer.
         """
         if self.bus_address is None:
-            known = await anyio.to_thread.run_sync(registry.read_log, self.run_directory)
+            known = await anyio.to_thread.run_sync(registry.read_log, self.run_directory, self.policy)
             return known.newest if self.pinned is None else known.get(self.pinned)
         async with Client(self.bus_address, role="serve", limit_s=self.bus_limit_s) as bus:
-            return await (registry.newest(bus) if self.pinned is None else registry.get(bus, self.pinned))
+            if self.pinned is None:
+                return await registry.newest(bus, self.policy)
+            return await registry.get(bus, self.pinned, self.policy)
 
     async def load_into(self, model: PreTrainedModel) -> str:
         """Overwrite the model's weights with the wanted ones and return their label; "0" where there are none yet.
@@ -71,7 +94,7 @@ class Weights:
         """
         held: str = FIRST
         while (version := await self.wanted()) is not None and str(version.version) != held:
-            tensors = await self._read(version)
+            tensors = await self._read(version, registry.tensors_of)
             if tensors is None:
                 return BEHIND
             await anyio.to_thread.run_sync(_overwrite, model, tensors, version)
@@ -85,28 +108,48 @@ class Weights:
         whether the replica took harm.
         """
         held: str = FIRST
+        if self.adapter is not None:  # version 0 has a name to answer to, too
+            first = await anyio.to_thread.run_sync(self.adapter.first, self.run_directory / "policy")
+            await _give_adapter(engine, self.adapter.name, *first)
         while (version := await self.wanted()) is not None and str(version.version) != held:
-            tensors = await self._read(version)
-            if tensors is None:
+            if self.adapter is not None:
+                given = await self._read(version, registry.adapter_of)
+                if given is not None:
+                    await _give_adapter(engine, self.adapter.name, *given)
+            else:
+                given = await self._read(version, registry.tensors_of)
+                if given is not None:
+                    await _push(engine, section, given, str(version.version))
+            if given is None:
                 held = BEHIND
                 break
-            await _push(engine, section, tensors, str(version.version))
             held = str(version.version)
         await engine.set_label(held)
         return held
 
-    async def _read(self, version: WeightVersion) -> Mapping[str, Tensor] | None:
+    async def _read(self, version: WeightVersion, read: Callable[[WeightVersion, Path], T]) -> T | None:
         """The weights of a version; None when they cannot be read here and the trainer has to bring them."""
         try:
-            return await anyio.to_thread.run_sync(registry.tensors_of, version, self.run_directory)
+            return await anyio.to_thread.run_sync(read, version, self.run_directory)
         except UNREADABLE as exc:
             if self.pinned is not None:
                 raise
             newer = await self.wanted()
             if newer is not None and newer.version != version.version:
-                return await self._read(newer)  # its file was dropped while we looked
+                return await self._read(newer, read)  # its file was dropped while we looked
             log.warning("version %s cannot be read here, so the trainer has to push it: %s", version.version, exc)
             return None
+
+
+async def _give_adapter(
+    engine: RemoteEngine, name: str, config: Mapping[str, object], tensors: Mapping[str, Tensor]
+) -> None:
+    """Have a replica that nobody calls yet answer with this adapter; it has read it when this returns."""
+    prefix = f"lightning-bus-start-{engine.url.rpartition(':')[2]}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=shm_directory()) as directory:
+        place = Path(directory) / "adapter"
+        await anyio.to_thread.run_sync(write_adapter, place, config, tensors)
+        await engine.load_adapter(name, str(place))
 
 
 async def _push(engine: RemoteEngine, section: ServeSection, tensors: Mapping[str, Tensor], version: str) -> None:

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from lightning_bus import BrokenError, monotonic_s
 from trainer.config import ServeSection
+from trainer.serving.adapters import push_adapters
 from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
 from trainer.serving.proof import Evidence, differences, evidence
-from trainer.serving.push import FileTransfer, Offer, PushTimes, Target, Transfer, push
+from trainer.serving.push import AdapterOffer, FileTransfer, Offer, PushTimes, Target, Transfer, push
 from trainer.serving.remote import CALL_LIMIT_S, UNFIT, PushMode, RemoteEngine
 from trainer.serving.slots import WeightDirectory, WeightSlots, shm_directory
 
@@ -90,9 +91,9 @@ class Fleet:
         self._transfer = transfer
         self._mode: PushMode = mode
         self._limit_s = limit_s
-        self._prepared: Offer | None = None
+        self._prepared: Offer | AdapterOffer | None = None
         self._copy_s = 0.0
-        self._offer: Offer | None = None  # what replicas are to serve
+        self._offer: Offer | AdapterOffer | None = None  # what replicas are to serve
         self._news = anyio.Event()  # replaced whenever something happened to a replica
         self._catching_up: set[int] = set()  # groups of replicas with a task of their own
         self._tasks: TaskGroup | None = None
@@ -235,7 +236,10 @@ class Fleet:
         assert offer is not None
         before = {one.engine.url: await self._evidence(one, offer) for one in ours}
         targets = [Target(one.engine, base=one.version, verify=not one.proven) for one in ours]
-        results = await push(offer, targets, mode=self._mode)
+        adapter = isinstance(offer, AdapterOffer)
+        results = await (
+            push_adapters(offer, targets, mode=self._mode) if adapter else push(offer, targets, mode=self._mode)
+        )
         for one in ours:
             result = results[one.engine.url]
             if isinstance(result, PushTimes):
@@ -248,7 +252,7 @@ class Fleet:
         self._tell_all()
         return all(isinstance(result, PushTimes) for result in results.values())
 
-    async def _evidence(self, one: _Replica, offer: Offer) -> Evidence | None:
+    async def _evidence(self, one: _Replica, offer: Offer | AdapterOffer) -> Evidence | None:
         try:
             served = not one.proven and await one.engine.label() == offer.version
             # One that a dead trainer left standing generates nothing until this push has ended.
@@ -258,7 +262,7 @@ class Fleet:
             log.warning("%s cannot tell what it serves before the push: %s", one.engine.url, exc)
         return None
 
-    async def _prove(self, one: _Replica, offer: Offer, before: Evidence | None) -> bool:
+    async def _prove(self, one: _Replica, offer: Offer | AdapterOffer, before: Evidence | None) -> bool:
         """After the first push: what was version N before must be version N still."""
         one.proven = True
         if before is None:

@@ -79,12 +79,23 @@ class Offer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterOffer:
+    """A directory with a version's LoRA adapter, and the name of the model that answers with it: `serving.adapters`."""
+
+    version: str
+    name: str
+    directory: Path
+
+
 class Transfer(Protocol):
     """A way for weights to travel. `together`: all engines of a push take part in one transmission."""
 
     together: bool
 
-    def offer(self, tensors: Mapping[str, Tensor], version: str, *, frozen: Collection[str] = ()) -> Offer:
+    def offer(
+        self, tensors: Mapping[str, Tensor], version: str, *, frozen: Collection[str] = ()
+    ) -> Offer | AdapterOffer:
         """Copy these weights to where engines can take them. Blocks.
 
         frozen  names of tensors that are the same in every version
@@ -156,27 +167,6 @@ async def push(
     one_push = _Push(offer, targets, mode)
     await one_push.run()
     return one_push.results
-
-
-async def push_adapter(
-    engine: RemoteEngine, name: str, directory: Path, version: str, *, mode: PushMode = "keep"
-) -> PushTimes:
-    """Make model `name` answer with the LoRA adapter in this directory, which the engine's machine must see.
-
-    An adapter is megabytes where a model is gigabytes; vLLM reads it by itself and the base model is not touched.
-    Raises WeightUpdateError when the engine does not take it; it goes on with the adapter that it had.
-    """
-    began = time.perf_counter()
-    await engine.pause(mode)
-    standing = time.perf_counter()
-    with anyio.CancelScope(shield=True):
-        try:
-            await engine.load_adapter(name, str(directory))
-            await engine.set_label(version)
-        finally:
-            await engine.resume()
-    ended = time.perf_counter()
-    return PushTimes(ended - began, (ended - standing) * 1e3)
 
 
 class _Push:
@@ -283,11 +273,16 @@ class _Push:
             return
         way_out = "It may hold half an update and was marked unfit: its keeper restarts it."
         self.results[engine.url] = WeightUpdateError(f"{text}. {way_out}", served=False)
-        with anyio.CancelScope(shield=True):
-            try:
-                await engine.set_label(UNFIT)
-            except (EngineAnsweredError, EngineSilentError) as unreachable:
-                log.warning("could not mark %s unfit, so its keeper has to notice: %s", engine.url, unreachable)
+        await mark_unfit(engine)
+
+
+async def mark_unfit(engine: RemoteEngine) -> None:
+    """Label an engine so that nobody calls it and its keeper starts it again. Logs one that cannot be told."""
+    with anyio.CancelScope(shield=True):
+        try:
+            await engine.set_label(UNFIT)
+        except (EngineAnsweredError, EngineSilentError) as unreachable:
+            log.warning("could not mark %s unfit, so its keeper has to notice: %s", engine.url, unreachable)
 
 
 async def all_of(
