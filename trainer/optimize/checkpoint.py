@@ -1,7 +1,8 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
     DIRECTORY/step-00000012.safetensors    model/<name>                  weights, tied ones once
-                                           optimizer/<name>/<moment>     Adam's state
+                                           optimizer/<name>/<moment>     the optimiser's state
+                                           PART/model/…, PART/optimizer/…  the same of a further part: a critic
                                            state                         bytes: CRC, then msgpack of counters,
                                                                          random generators, the caller's `extra`
                                                                          and the CRC of every other tensor
@@ -10,6 +11,11 @@ One file, so that a checkpoint appears, and replaces an older one of the same st
 written under a hidden name, fsynced, renamed, then its directory fsynced. What was checked when writing is
 checked again when reading: a file that the disk has damaged is refused (`load`, `read`) or passed over (`latest`).
 Nothing is pickled, so loading runs nobody's code. A directory has one writer, which `writing` sees to.
+
+Where FSDP keeps weights in shards, every rank calls `save` and `load`: saving puts the shards together, one tensor
+at a time, and rank 0 writes; loading cuts every rank its shard out of the same file. So a checkpoint does not know
+how many ranks made it, and any number of them resumes from it. torch.distributed.checkpoint writes shards in
+parallel, but it pickles their index.
 """
 
 import fcntl
@@ -19,19 +25,24 @@ import re
 import zlib
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from trainer.optimize.optimizer import Optimizer
+from trainer.optimize.optimizer import Optimizer, shard_like
 from trainer.policy.model import named_weights, sync
+from trainer.ranks import lead
+
+Part = tuple[torch.nn.Module, Optimizer]
 
 FORMAT = 1
 FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -46,15 +57,32 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A further model with its optimiser, as it lies in a checkpoint."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    updates: int
+    skipped: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A whole checkpoint as it lies on the disk: `weights` and `moments` are mapped, not copied."""
 
+    step: int
     extra: dict[str, Any]
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]  # the optimiser's
     updates: int
     skipped: int
     generators: dict[str, Any]
+    parts: dict[str, StoredPart] = field(default_factory=dict[str, StoredPart])
+
+
+class _Counters(msgspec.Struct, frozen=True):
+    updates: int
+    skipped: int
 
 
 class _State(msgspec.Struct, frozen=True):
@@ -65,18 +93,38 @@ class _State(msgspec.Struct, frozen=True):
     generators: dict[str, Any]
     tensors_crc: int
     extra: dict[str, Any]
+    parts: dict[str, _Counters] = {}  # absent from checkpoints of before there were parts
 
 
-def save(directory: Path, step: int, model: torch.nn.Module, optimizer: Optimizer, extra: Mapping[str, Any]) -> Path:
+def save(
+    directory: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    extra: Mapping[str, Any],
+    *,
+    parts: Mapping[str, Part] | None = None,
+) -> Path:
     """Write checkpoint `step` durably and return its path. Older ones stay; see `drop_old`.
 
     extra  anything msgpack can say: stream cursor, groups that wait for their last rollout, counters
+    parts  further models with their optimisers, by a name without a slash: {"critic": (critic, its_optimizer)}
 
-    Raises TypeError for an extra that msgpack cannot say and OSError when the disk does not take it; both leave
-    earlier checkpoints as they were.
+    Raises TypeError for an extra that msgpack cannot say, ValueError for a part of another name, and OSError when
+    the disk does not take it; all leave earlier checkpoints as they were.
     """
-    tensors = {f"model/{name}": tensor.cpu() for name, tensor in named_weights(model)}
-    tensors |= {f"optimizer/{name}": tensor.detach().cpu() for name, tensor in optimizer.tensors().items()}
+    parts = dict(parts or {})
+    for name in parts:
+        if not name or "/" in name or name in ("model", "optimizer", "state"):
+            raise ValueError(f"a part of a checkpoint cannot be called {name!r}: choose a word such as 'critic'")
+    lead(model, "save")
+    tensors: dict[str, Tensor] = {}
+    for name, (module, its_optimizer) in {"": (model, optimizer), **parts}.items():
+        prefix = f"{name}/" if name else ""
+        tensors |= {f"{prefix}model/{key}": _whole(tensor) for key, tensor in named_weights(module)}
+        tensors |= {f"{prefix}optimizer/{key}": _whole(tensor) for key, tensor in its_optimizer.tensors().items()}
+    if not _is_writer():
+        return path_of(directory, step)
     state = _State(
         format=FORMAT,
         step=step,
@@ -85,14 +133,18 @@ def save(directory: Path, step: int, model: torch.nn.Module, optimizer: Optimize
         generators=_generators(),
         tensors_crc=_crc(tensors),
         extra=dict(extra),
+        parts={name: _Counters(one.updates, one.skipped) for name, (_, one) in parts.items()},
     )
     return _write(directory, state, tensors)
 
 
 def save_again(directory: Path, step: int, stored: Stored, extra: Mapping[str, Any]) -> Path:
     """Write what an older checkpoint holds as checkpoint `step`, with another `extra`. Returns and raises as `save`."""
-    tensors = {f"model/{name}": tensor for name, tensor in stored.weights.items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in stored.moments.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, part in {"": stored, **stored.parts}.items():
+        prefix = f"{name}/" if name else ""
+        tensors |= {f"{prefix}model/{key}": tensor for key, tensor in part.weights.items()}
+        tensors |= {f"{prefix}optimizer/{key}": tensor for key, tensor in part.moments.items()}
     state = _State(
         format=FORMAT,
         step=step,
@@ -101,6 +153,7 @@ def save_again(directory: Path, step: int, stored: Stored, extra: Mapping[str, A
         generators=stored.generators,
         tensors_crc=_crc(tensors),
         extra=dict(extra),
+        parts={name: _Counters(part.updates, part.skipped) for name, part in stored.parts.items()},
     )
     return _write(directory, state, tensors)
 
@@ -144,41 +197,66 @@ def latest(directory: Path) -> Path | None:
     return None
 
 
-def load(path: Path, model: torch.nn.Module, optimizer: Optimizer) -> Checkpoint:
-    """Restore model, optimiser and random generators from a checkpoint, bit for bit.
+def load(
+    path: Path, model: torch.nn.Module, optimizer: Optimizer | None, *, parts: Mapping[str, Part] | None = None
+) -> Checkpoint:
+    """Restore model, optimiser, the parts asked for, and random generators from a checkpoint, bit for bit.
 
-    Raises ValueError, having changed nothing, for a checkpoint that is damaged or of another model, and OSError
-    for one that cannot be read.
+    optimizer  None: the model is wanted, and how it got there is not. A part of the checkpoint that is not asked for is left alone. Raises ValueError, having changed nothing, for a
+    checkpoint that is damaged, of another model, or without a part that is asked for, and OSError for one that
+    cannot be read.
     """
-    state, tensors = _read(path)
-    weights, moments = _under(tensors, "model/"), _under(tensors, "optimizer/")
-    _check_same_model(path, weights, dict(named_weights(model)))
-    optimizer.load_tensors(moments)
-    live = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            live[name].copy_(tensor)
-    optimizer.updates, optimizer.skipped = state.updates, state.skipped
-    _restore_generators(state.generators)
-    return Checkpoint(step=state.step, extra=state.extra)
+    lead(model, "load", path=str(path.absolute()), optimizer=optimizer is not None)
+    stored = read(path)
+    wanted: dict[str, tuple[tuple[torch.nn.Module, Optimizer | None], Stored | StoredPart]] = {
+        "": ((model, optimizer), stored)
+    }
+    for name, live in (parts or {}).items():
+        if name not in stored.parts:
+            raise ValueError(
+                f"{path} holds no {name}: it was written by a run without one. Start anew, or go on without"
+            )
+        wanted[name] = (live, stored.parts[name])
+    for (module, its_optimizer), part in wanted.values():
+        _check_same_model(path, part.weights, dict(named_weights(module)))
+        if its_optimizer is not None:
+            its_optimizer.check_tensors(part.moments)
+    for (module, its_optimizer), part in wanted.values():
+        if its_optimizer is not None:
+            its_optimizer.load_tensors(part.moments)
+            its_optimizer.updates, its_optimizer.skipped = part.updates, part.skipped
+        live_weights = module.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, tensor in part.weights.items():
+                live_weights[name].copy_(shard_like(tensor, live_weights[name]))
+    _restore_generators(stored.generators)
+    return Checkpoint(step=stored.step, extra=stored.extra)
 
 
 def read(path: Path) -> Stored:
     """Return what a checkpoint holds, without a model. Raises ValueError when it is damaged, OSError when not there."""
     state, tensors = _read(path)
     return Stored(
+        step=state.step,
         extra=state.extra,
         weights=_under(tensors, "model/"),
         moments=_under(tensors, "optimizer/"),
         updates=state.updates,
         skipped=state.skipped,
         generators=state.generators,
+        parts={
+            name: StoredPart(
+                _under(tensors, f"{name}/model/"), _under(tensors, f"{name}/optimizer/"), one.updates, one.skipped
+            )
+            for name, one in state.parts.items()
+        },
     )
 
 
 def of_model(model: torch.nn.Module, extra: Mapping[str, Any]) -> Stored:
     """Return what a checkpoint of a model that was never trained would hold."""
     return Stored(
+        step=0,
         extra=dict(extra),
         weights=dict(named_weights(model)),
         moments={},
@@ -224,6 +302,16 @@ def _read(path: Path) -> tuple[_State, dict[str, Tensor]]:
     if _crc(tensors) != state.tensors_crc:
         raise ValueError(f"{path} is damaged: its {len(tensors)} tensors have another checksum. Use an older one")
     return state, tensors
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor in main memory, put together where it is kept in shards. All ranks must call it."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu() if _is_writer() else whole.new_empty(0)  # the others need not hold the whole model
+
+
+def _is_writer() -> bool:
+    return not (dist.is_initialized() and dist.get_rank())
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

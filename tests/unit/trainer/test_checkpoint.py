@@ -98,6 +98,52 @@ def test_a_checkpoint_written_again_under_another_number_resumes_as_the_old_one(
     assert checkpoint.latest(tmp_path) == again
 
 
+def test_a_critic_and_its_optimiser_resume_with_the_policy_bit_for_bit(tmp_path):
+    model, optimizer = fresh_run()
+    critic, its_optimizer = fresh_run(seed=3)
+    its_optimizer.skip()
+    seed_generators()
+    step_on_random_rows(critic, its_optimizer)
+    old = checkpoint.save(tmp_path, 1, model, optimizer, {}, parts={"critic": (critic, its_optimizer)})
+    path = checkpoint.save_again(tmp_path, 2, checkpoint.read(old), {})
+    unbroken = step_on_random_rows(critic, its_optimizer)
+
+    model, optimizer = fresh_run(seed=8)
+    critic, its_optimizer = fresh_run(seed=9)
+    checkpoint.load(path, model, optimizer, parts={"critic": (critic, its_optimizer)})
+    assert (its_optimizer.updates, its_optimizer.skipped, optimizer.updates) == (1, 1, 0)
+    assert step_on_random_rows(critic, its_optimizer) == unbroken
+    checkpoint.load(path, model, optimizer)  # what exports the policy alone needs no critic
+    with pytest.raises(ValueError, match="cannot be called 'a/b'"):
+        checkpoint.save(tmp_path, 3, model, optimizer, {}, parts={"a/b": (critic, its_optimizer)})
+
+
+def test_a_part_that_is_not_there_or_of_another_model_changes_nothing(tmp_path):
+    model, optimizer = fresh_run()
+    other, its_optimizer = fresh_run(seed=3)
+    before = {name: weight.clone() for name, weight in named_weights(other)}
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    with pytest.raises(ValueError, match="holds no critic"):
+        checkpoint.load(path, other, its_optimizer, parts={"critic": fresh_run()})
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {}, parts={"critic": fresh_run()})
+    larger = tiny_llama(0, num_hidden_layers=3)
+    with pytest.raises(ValueError, match="only in this model"):
+        checkpoint.load(path, other, its_optimizer, parts={"critic": (larger, Optimizer(larger, lr=1e-3))})
+    assert all(torch.equal(weight, before[name]) for name, weight in named_weights(other))
+
+
+def test_a_checkpoint_from_before_there_were_parts_still_loads(tmp_path):
+    model, optimizer = fresh_run()
+    path = checkpoint.save(tmp_path, 1, model, optimizer, EXTRA)
+    tensors = load_file(path)
+    state = msgspec.msgpack.decode(tensors.pop("state").numpy().tobytes()[4:])
+    assert state.pop("parts") == {}
+    encoded = msgspec.msgpack.encode(state)
+    raw = bytearray(zlib.crc32(encoded).to_bytes(4, "little") + encoded)
+    save_file({**tensors, "state": torch.frombuffer(raw, dtype=torch.uint8)}, path)
+    assert checkpoint.load(path, *fresh_run(seed=5)).extra == EXTRA
+
+
 def test_a_directory_has_one_writer_until_that_process_is_gone(tmp_path):
     held = tmp_path / "checkpoints"
     source = (
@@ -250,7 +296,7 @@ def test_a_saved_policy_loads_as_it_was_and_replaces_the_old_one(tmp_path):
         assert all(torch.equal(weight, dict(named_weights(model))[name]) for name, weight in named_weights(loaded))
     assert not loaded.training
     assert loaded.config._attn_implementation == "packed_rows"
-    assert load_policy(directory, attention="sdpa").config._attn_implementation == "sdpa"
+    assert load_policy(directory, attention="sdpa").config._attn_implementation == "packed_sdpa"
     assert load_tokenizer(directory).chat_template == "{{ messages }}"
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
     assert "packed_rows" not in (directory / "config.json").read_text()

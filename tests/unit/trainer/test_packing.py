@@ -1,6 +1,7 @@
 """Bins and batches: nothing lost, nothing over budget, and t scores t + 1 of its own row only."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference.rows import make_rows
-from trainer.data.batch import pack_rows
+from trainer.data.batch import Normalise, pack_rows
 from trainer.data.packing import plan_packs
 
 
@@ -69,13 +70,49 @@ def test_a_batch_says_of_every_trained_token_what_its_row_says(lengths, budget, 
     assert sorted(found) == expected
 
 
-def test_rollout_weights_sum_to_the_number_of_rollouts_however_many_rows_each_has():
-    rows = make_rows(2, [10, 14, 30, 9])
+def test_the_denominator_counts_what_the_loss_is_a_mean_over():
+    rows = [replace(row, group=f"g-{k % 2}") for k, row in enumerate(make_rows(2, [10, 14, 30, 9]))]
     rows[3] = replace(rows[3], rollout_id=rows[0].rollout_id)
-    for normalise, expected in (("token", sum(row.trained.sum() for row in rows)), ("rollout", 3)):
-        packs = pack_rows(rows, np.ones(4), token_budget=40, normalise=normalise)
+    tokens = sum(int(row.trained.sum()) for row in rows)
+    for normalise, length, expected in (
+        ("token", None, tokens), ("sequence", None, 4), ("rollout", None, 3), ("group", None, 2), ("fixed", 100, 300),
+    ):  # fmt: skip
+        packs = pack_rows(rows, np.ones(4), token_budget=40, normalise=normalise, fixed_length=length)
+        assert sum(pack.denominator for pack in packs) == pytest.approx(expected, rel=1e-12)
         total = sum(float(pack.weights_T[pack.trained_T].sum()) for pack in packs)
-        assert total == pytest.approx(expected, rel=1e-6)
+        assert total == pytest.approx(tokens if normalise == "fixed" else expected, rel=1e-6)
+
+
+def test_equally_long_rows_weigh_the_same_whatever_the_loss_is_a_mean_over():
+    rows = make_rows(2, [12] * 4)
+    lengths = {normalise: 12 if normalise == "fixed" else None for normalise in get_args(Normalise)}
+    shares = {}
+    for normalise, length in lengths.items():
+        packs = pack_rows(rows, np.ones(4), token_budget=24, normalise=normalise, fixed_length=length)
+        weights = torch.cat([pack.weights_T[pack.trained_T] for pack in packs])
+        shares[normalise] = weights / sum(pack.denominator for pack in packs)
+        assert len(set(weights.tolist())) == 1
+    for normalise in ("sequence", "rollout", "group"):
+        torch.testing.assert_close(shares[normalise], shares["token"])
+
+
+def test_a_token_knows_how_old_the_weights_are_that_sampled_it():
+    rows = make_rows(2, [5, 6, 7])
+    rows = [replace(row, version_oldest=oldest) for row, oldest in zip(rows, (4, 2, -1), strict=True)]
+    (pack,) = pack_rows(rows, np.ones(3), token_budget=18, version=4)
+    assert [set(pack.staleness_T[pack.row_T == k].tolist()) for k in range(3)] == [{0}, {2}, {-1}]
+    (pack,) = pack_rows(rows, np.ones(3), token_budget=18)
+    assert set(pack.staleness_T.tolist()) == {-1}
+
+
+def test_logprobs_of_other_policies_land_on_the_tokens_that_they_are_of():
+    (pack,) = pack_rows(make_rows(2, [9, 12]), np.ones(2), token_budget=21)
+    scored_K = torch.arange(int(pack.trained_T.sum()), dtype=torch.float32).requires_grad_()
+    both = pack.with_logprobs(reference_K=-scored_K).with_logprobs(proximal_K=scored_K)
+    assert both.reference_logprobs_T is not None and both.proximal_logprobs_T is not None
+    assert not both.reference_logprobs_T.requires_grad
+    torch.testing.assert_close(both.reference_logprobs_T[pack.trained_T], -scored_K.detach())
+    torch.testing.assert_close(both.proximal_logprobs_T[pack.trained_T], scored_K.detach())
 
 
 def test_garbage_beside_untrained_tokens_never_reaches_the_batch():
@@ -107,5 +144,12 @@ def test_rows_that_cannot_be_scored_are_refused():
         pack_rows([row], [float("nan")], token_budget=16)
     with pytest.raises(ValueError, match="1 of 1 rows carry no advantage"):
         pack_rows([row], token_budget=16)
-    with pytest.raises(ValueError, match="'token' or 'rollout'"):
+    with pytest.raises(ValueError, match="use one of token, sequence, rollout, group, fixed"):
         pack_rows([row], [1.0], token_budget=16, normalise="turn")  # pyright: ignore[reportArgumentType]
+    for normalise, length in (("fixed", None), ("token", 5), ("fixed", 0)):
+        with pytest.raises(ValueError, match="fixed_length="):
+            pack_rows([row], [1.0], token_budget=16, normalise=normalise, fixed_length=length)
+    for bad in (np.nan, -np.inf):
+        unknown = replace(row, logprobs=np.where(row.trained, bad, 0).astype(np.float32))
+        with pytest.raises(ValueError, match="trained tokens whose log-prob is not finite"):
+            pack_rows([unknown], [1.0], token_budget=16)

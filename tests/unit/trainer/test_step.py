@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference import policy_step as reference
+from tests.reference import losses as reference
+from tests.reference.policy_step import as_float64, step_loss
 from tests.reference.rows import make_rows, tiny_llama
 from trainer.data.batch import pack_rows
-from trainer.optimize.losses import LossInputs, cispo, ppo_clip, reinforce, sft
+from trainer.optimize.losses import (
+    LossInputs,
+    cispo,
+    compose,
+    geometric_mask,
+    gspo,
+    ppo_clip,
+    reinforce,
+    sft,
+)
 from trainer.optimize.optimizer import Optimizer, learning_rate
 from trainer.optimize.step import train_step
 from trainer.policy.logprob import token_scores
@@ -17,10 +27,15 @@ from trainer.policy.logprob import token_scores
 LENGTHS = [11, 4, 27, 18, 2, 9]
 ADVANTAGES = np.array([1.0, -0.5, 0.25, -1.5, 2.0, 0.0], dtype=np.float32)
 LOSSES = {
-    "sft": (sft, reference.sft_token),
-    "ppo_clip": (ppo_clip(), reference.ppo_clip_token(0.2, 0.28)),
-    "cispo": (cispo(), reference.cispo_token(1.0, 3.0)),
-    "reinforce": (reinforce(), reference.reinforce_token(2.0)),
+    "sft": (sft, reference.sft),
+    "ppo_clip": (ppo_clip(), reference.ppo_clip(0.2, 0.28)),
+    "cispo": (cispo(), reference.weighted(0.0, 4.0)),
+    "reinforce": (reinforce(), reference.weighted(0.0, 2.0)),
+    "gspo": (gspo(clip_low=0.05, clip_high=0.05), reference.ppo_clip(0.05, 0.05, level="sequence")),
+    "masked, with an entropy bonus": (
+        compose(cispo(), corrections=[geometric_mask(low=0.95, high=1.05)], entropy_bonus=0.3),
+        reference.composed(reference.weighted(0.0, 4.0), reference.geometric_mask(0.95, 1.05), entropy_bonus=0.3),
+    ),
 }
 
 
@@ -36,17 +51,17 @@ def near_policy_rows(model, seed=10):
         logprobs[row.trained] = current + rng.normal(0, 0.3, len(current))
         rows.append(replace(row, logprobs=logprobs))
     rows[5] = replace(rows[5], rollout_id=rows[0].rollout_id)
-    return rows
+    return [replace(row, group=f"g-{index // 2 % 2}") for index, row in enumerate(rows)]
 
 
-def loss_and_gradients(model, rows, advantages, loss, *, token_budget, normalise="token", order=None):
+def loss_and_gradients(model, rows, advantages, loss, *, token_budget, order=None, **how):
     """The step's loss and gradients before any update, by stopping the optimiser from applying them."""
     order = range(len(rows)) if order is None else order
     packs = pack_rows(
         [rows[k] for k in order],
         np.asarray(advantages)[list(order)],
         token_budget=token_budget,
-        normalise=normalise,
+        **how,
     )
     optimizer = Optimizer(model, lr=0.0, grad_norm_max=float("inf"))
     gradients = {}
@@ -55,29 +70,43 @@ def loss_and_gradients(model, rows, advantages, loss, *, token_budget, normalise
     return train_step(model, optimizer, packs, loss).loss, gradients
 
 
-@pytest.mark.parametrize("normalise", ["token", "rollout"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_step_has_the_loss_and_gradients_of_the_slow_twin(name, normalise):
-    loss, token_loss = LOSSES[name]
+NORMALISATIONS = [
+    {"normalise": "token"},
+    {"normalise": "sequence"},
+    {"normalise": "rollout"},
+    {"normalise": "group"},
+    {"normalise": "fixed", "fixed_length": 8},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, {"normalise": "token"}) for name in LOSSES] + [("cispo", how) for how in NORMALISATIONS[1:]],
+)
+def test_a_step_has_the_loss_and_gradients_of_the_slow_twin(name, how):
+    loss, row_loss = LOSSES[name]
     model = tiny_llama()
     rows = near_policy_rows(model)
-    found, gradients = loss_and_gradients(model, rows, ADVANTAGES, loss, token_budget=40, normalise=normalise)
-    twin = reference.as_float64(model)
-    expected = reference.step_loss(twin, rows, ADVANTAGES.tolist(), token_loss, normalise=normalise)
+    found, gradients = loss_and_gradients(model, rows, ADVANTAGES, loss, token_budget=40, **how)
+    twin = as_float64(model)
+    expected = step_loss(twin, rows, ADVANTAGES.tolist(), row_loss, **how)
     assert found == pytest.approx(float(expected.detach()), abs=2e-5)
     expected.backward()
     for weight_name, weight in twin.named_parameters():
         torch.testing.assert_close(gradients[weight_name].double(), weight.grad, rtol=2e-4, atol=2e-5, msg=weight_name)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss_and_gradients_do_not_depend_on_packing(name):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, {"normalise": "rollout"}) for name in LOSSES] + [("gspo", how) for how in NORMALISATIONS],
+)
+def test_loss_and_gradients_do_not_depend_on_packing(name, how):
     loss, _ = LOSSES[name]
     rows = near_policy_rows(tiny_llama())
-    expected, expected_gradients = loss_and_gradients(tiny_llama(), rows, ADVANTAGES, loss, token_budget=1000)
+    expected, expected_gradients = loss_and_gradients(tiny_llama(), rows, ADVANTAGES, loss, token_budget=1000, **how)
     for token_budget, order in ((27, None), (40, None), (40, [5, 3, 1, 0, 2, 4]), (1000, [4, 2, 0, 1, 3, 5])):
         found, gradients = loss_and_gradients(
-            tiny_llama(), rows, ADVANTAGES, loss, token_budget=token_budget, order=order
+            tiny_llama(), rows, ADVANTAGES, loss, token_budget=token_budget, order=order, **how
         )
         assert found == pytest.approx(expected, abs=1e-5)
         for weight_name, gradient in gradients.items():
