@@ -11,6 +11,7 @@ import typer
 
 from lightning_bus import (
     KEY_ENV,
+    POLICY,
     BrokerSection,
     ConfigError,
     GatewaySection,
@@ -22,6 +23,7 @@ from lightning_bus import (
 )
 from trainer import cli_weights
 from trainer.config import PolicySection, ServeSection, TrainSection, replica_binds, replica_urls, scripted_bind
+from trainer.registry import published_as
 
 RunArgument = Annotated[
     Path | None, typer.Argument(metavar="RUN.toml", help="What to train; see examples/calc/run.toml.")
@@ -52,6 +54,10 @@ def train(
 
     Broker, gateway, engine and workers must be running; `lightning-bus up` starts them all. Killed, it goes on from its
     last checkpoint when it is started again.
+
+    What it learns by is train.rl.algorithm in RUN.toml: grpo, dr_grpo, dapo, gspo, cispo, reinforce, dppo, ppo (with a
+    critic), or a class of your own as module:Class; its options are train.rl.options. train.rl.staleness_max says how many
+    versions rollouts may be behind; 0 is on-policy. From Python: from trainer import Trainer. More: docs/training.md
 
     Example: lightning-bus train examples/calc/run.toml
     """
@@ -123,7 +129,8 @@ def serve(
         bus = client_address(file.section(BrokerSection).bind)
     adopt_key("trainer", key, file)  # it only reads published versions, which every role may
     _log_to_stderr()
-    from trainer.serving.current import Weights
+    from trainer.policy.build import serves_adapters
+    from trainer.serving.current import ServedAdapter, Weights
     from trainer.serving.serve import Serving, check_serving, ensure_policy, serve_policy
 
     # A run's own engines must be where its gateway looks for them; who serves something else knows what for.
@@ -131,11 +138,15 @@ def serve(
     check_serving(section, file.section(GatewaySection).upstreams if own and file is not None else None)
     seed = 0 if file is None else file.run.seed
     directory = ensure_policy(policy, file.directory, seed) if file is not None and model is None else Path(str(model))
-    home = Path() if file is None else file.directory
+    home, published = (Path(), POLICY) if file is None else (file.directory, published_as(file))
+    name = name or pinned_name or policy.name
+    adapter = None
+    if serves_adapters(section, policy.lora_rank):
+        adapter = ServedAdapter(name, policy.lora_rank, policy.lora_alpha or None, policy.lora_targets)
     what = Serving(
         directory=directory,
-        name=name or pinned_name or policy.name,
-        weights=Weights(bus, home, pinned=version) if follows else None,
+        name=name,
+        weights=Weights(bus, home, version, policy=published, adapter=adapter) if follows else None,
         seed=seed,
         logs=None if file is None else file.directory / "logs",
         push_limit_s=60.0 if file is None else file.section(TrainSection).push_limit_s,

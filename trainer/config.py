@@ -5,11 +5,11 @@ A comment at a key says what it trades. Defaults are for a small policy on a lap
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lightning_bus import ConfigError, Section, client_address
+from lightning_bus import ConfigError, CreditSection, Section, client_address
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 CountOrNone = Annotated[int, msgspec.Meta(ge=0)]
@@ -17,12 +17,35 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 PORT_MAX = 65_535
 
+# The algorithms that have a name, and where they are. The table, with papers: docs/training.md.
+ALGORITHMS = {
+    "grpo": "trainer.algorithms.policy_gradients:GRPO",
+    "dr_grpo": "trainer.algorithms.policy_gradients:DrGRPO",
+    "dapo": "trainer.algorithms.policy_gradients:DAPO",
+    "gspo": "trainer.algorithms.policy_gradients:GSPO",
+    "cispo": "trainer.algorithms.policy_gradients:CISPO",
+    "reinforce": "trainer.algorithms.policy_gradients:Reinforce",
+    "dppo": "trainer.algorithms.policy_gradients:DPPO",
+    "ppo": "trainer.algorithms.ppo:PPO",
+}
+
 
 class PolicySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """[policy]: the model that agents call and training improves."""
 
     model: str  # a Hugging Face model directory, or MODULE:FUNCTION that writes one (directory, seed)
     name: str = "policy"  # what agents call it
+    # What computes attention over packed rows: auto takes the fastest that runs here (docs/training.md has the table).
+    attention: Literal["auto", "flash", "varlen", "flex", "rows", "sdpa"] = "auto"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the weights trained stay float32
+    recompute: bool = False  # layers run again in the backward pass instead of keeping activations: memory against time
+    # Train an adapter of this rank instead of all weights; 0: all weights. vLLM with serve.lora_rank_max at least as
+    # high is pushed the adapter alone, every other engine the whole model with the adapter in it.
+    lora_rank: CountOrNone = 0
+    lora_alpha: Annotated[float, msgspec.Meta(ge=0)] = (
+        0.0  # the adapter counts lora_alpha / lora_rank; 0: twice the rank
+    )
+    lora_targets: list[str] = msgspec.field(default_factory=list[str])  # ["q_proj", "v_proj"]; default: all matrices
 
 
 class ServeSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,15 +83,21 @@ class ServeSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class SftSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """[train.sft]: imitate a teacher's recorded rollouts before reinforcement begins. rollouts = 0 leaves it out."""
+    """[train.sft]: imitate before reinforcement begins: a teacher's rollouts, conversations in files, or both."""
 
     teacher: str = "teacher"  # the model name that the teacher's rollouts call
-    rollouts: CountOrNone = 0
+    rollouts: CountOrNone = 0  # that the workers carry out with it; 0: none
+    files: list[str] = msgspec.field(default_factory=list[str])  # of conversations, as `export --as chat` writes them
     epochs: Count = 4
     batch_rollouts: Count = 32
     lr: Positive = 1e-5  # for a pretrained model; the demo's million random weights take 1.5e-3
     weight_decay: float = 0.01
     warmup_updates: CountOrNone = 10
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to imitate."""
+        return bool(self.rollouts or self.files)
 
 
 class RlSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,14 +109,25 @@ class RlSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     refill_groups_max: CountOrNone = (
         4  # groups whose rewards were all equal are replaced by at most this many others a step
     )
-    staleness_max: CountOrNone = 2  # versions between sampling and training; also bounds how far rollouts run ahead
+    # Versions between sampling and training; also bounds how far rollouts run ahead. 0 is on-policy: the trainer waits
+    # for its rollouts, and they for its weights.
+    staleness_max: CountOrNone = 2
+    # What to learn by: a name (grpo, dapo, cispo, reinforce, …: docs/training.md has the table) or a class of your own,
+    # "module:Class". Its options, such as clip_high = 0.28, stand in [train.rl.options].
+    algorithm: str = ""
+    options: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    # Without `algorithm`, these three, compared as [credit] estimator says. They are options of each algorithm, too.
     loss: Literal["ppo_clip", "cispo", "reinforce"] = "cispo"
     scale: Literal["none", "std"] = "none"  # divide advantages by the group's spread?
     normalise: Literal["token", "rollout"] = "token"
     temperature: Positive = 1.0
     lr: Positive = 1e-6  # for a pretrained model; the demo's million random weights take 3e-4
     weight_decay: float = 0.0
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers, adamw for the rest
     warmup_updates: CountOrNone = 0
+    # After the warm-up lr stays, or goes down to 0 over this many updates (0: steps_max; PPO makes several a step).
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule_updates: CountOrNone = 0
     grad_norm_max: Positive = 1.0
     stop_reward: float | None = None  # stop early when the mean reward of `stop_window` steps reaches this
     stop_window: Count = 6
@@ -100,9 +140,29 @@ class RlSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     explore: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.2
 
     def __post_init__(self) -> None:
+        self._check_algorithm()
         if self.success_min > self.success_max:
             raise ValueError(
                 f"success_min {self.success_min} is above success_max {self.success_max}: no task is between"
+            )
+
+    def _check_algorithm(self) -> None:
+        if self.algorithm and self.algorithm not in ALGORITHMS and ":" not in self.algorithm:
+            raise ValueError(
+                f"algorithm {self.algorithm!r} is not known: choose from {', '.join(ALGORITHMS)}, or name a class of "
+                "your own as module:Class"
+            )
+        if self.options and not self.algorithm:
+            raise ValueError(f"options {', '.join(self.options)} belong to an algorithm, and none is named")
+        said = [
+            key
+            for key, default in (("loss", "cispo"), ("scale", "none"), ("normalise", "token"))
+            if self.algorithm and getattr(self, key) != default
+        ]
+        if said:
+            raise ValueError(
+                f"{said[0]} = {getattr(self, said[0])!r} stands beside algorithm = {self.algorithm!r}, which has its own: "
+                "leave one of the two out, or say it in [train.rl.options]"
             )
 
 
@@ -111,7 +171,14 @@ class EvalSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     tasks: Count = 96
     every_steps: CountOrNone = 0  # also during training; 0: only before and after
-    temperature: float = 1.0  # 0 is greedy
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0  # 0 is greedy
+    # Tries of each task: above 1 also gives pass_at_K, for K = 1, 2, 4, … and `samples`. A try passes where its reward
+    # is at least [train.rl] success_reward.
+    samples: Count = 1
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(f"samples = {self.samples} tries at temperature = 0 are the same one: sample, or try once")
 
 
 class TrainSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -123,15 +190,34 @@ class TrainSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     held_out: str
     token_budget: Count = 2048  # tokens per forward pass: memory against speed
     torch_threads: Count = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each rank where there is one
+    deterministic: bool = False  # the same rows give the same weights, bit for bit; slower on a GPU
     keep_checkpoints: Count = 3
+    # Where the lines of metrics.jsonl go besides; a package that is named must be installed.
+    log: list[Literal["console", "tensorboard", "wandb", "trackio"]] = msgspec.field(default_factory=list)
     # What happens to calls in flight while weights change: keep freezes them and they go on under the new weights, drain
     # lets them finish first, abort ends them and the gateway asks again.
     push_mode: Literal["keep", "drain", "abort"] = "keep"
     push_limit_s: Positive = 60.0  # of each step of a push: enough for gigabytes, little enough to notice a dead engine
     rollout_limit_s: Positive = 600.0  # how long to wait for rollouts before saying that nobody carries them out
+    # Where several policies are trained from one log: submit nothing and learn from the rollouts that another policy's
+    # trainer submits. One of the trainers submits and evaluates; the others follow.
+    follow: bool = False
     sft: SftSection = msgspec.field(default_factory=SftSection)
     rl: RlSection = msgspec.field(default_factory=RlSection)
     eval: EvalSection = msgspec.field(default_factory=EvalSection)
+
+    def __post_init__(self) -> None:
+        if self.follow and (self.sft.rollouts or self.rl.curriculum):
+            what = "sft.rollouts" if self.sft.rollouts else "rl.curriculum"
+            raise ValueError(
+                f"follow = true submits no rollouts, and {what} asks for some: the trainer followed has them"
+            )
+
+
+def answering_model(policy: PolicySection, credit: CreditSection) -> str:
+    """Return what every call of a rollout is answered by; "" where several policies are trained: then agents name theirs."""
+    return "" if len(credit.policies) > 1 else policy.name
 
 
 def replica_binds(section: ServeSection) -> list[str]:

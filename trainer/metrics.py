@@ -1,6 +1,6 @@
 """metrics.jsonl: one line a thing that happened, for people, plots and the live display.
 
-Every line has `phase` (teacher, sft, rl, eval), `step`, `version` and `wall_s` (since the run began). Further keys are
+The table of all names with units and meanings is docs/training.md's. Every line has `phase` (teacher, sft, rl, eval), `step`, `version` and `wall_s` (since the run began). Further keys are
 named like what they measure, units last: `reward_mean`, `held_out_success`, `staleness_mean`, `kl_k2`, `lr`, `step_s`, …
 The file is only ever appended to, a whole line at a time; a line that a crash cut short is dropped on resume.
 """
@@ -24,12 +24,17 @@ class MetricsFile:
             path.write_bytes(whole[: whole.rfind(b"\n") + 1])
         self._said = {_identity(line) for line in self.lines()}
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line, unless it was said before: a resumed run repeats what it is not sure it said."""
-        if _identity(line) not in self._said:
-            self._said.add(_identity(line))
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({key: _rounded(value) for key, value in line.items()}) + "\n")
+    def write(self, line: dict[str, Any]) -> bool:
+        """Append one line, unless it was said before: a resumed run repeats what it is not sure it said.
+
+        Returns whether it was new.
+        """
+        if _identity(line) in self._said:
+            return False
+        self._said.add(_identity(line))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _rounded(value) for key, value in line.items()}) + "\n")
+        return True
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield every line written so far."""

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_bus import POLICY_WEIGHTS, Client, Kind, Status, decode_event, decode_spans, is_model_call
+from lightning_bus import POLICY, Client, Kind, Status, decode_event, decode_spans, is_model_call, weights_of
 
 
-async def count_log(bus: Client) -> Counter[str]:
-    """Return what the whole log holds: rollouts by how they ended, model calls, policy versions."""
+async def count_log(bus: Client, policy: str = POLICY) -> Counter[str]:
+    """Return what the log holds, from its oldest record on: rollouts by how they ended, model calls, policy versions."""
     counts: Counter[str] = Counter()
-    offset, end_offset = 0, 1
+    offset = (await bus.status()).first_offset  # retention may have dropped what was before
+    end_offset = offset + 1
     while offset < end_offset:
         records, offset, end_offset = await bus.fetch(offset, bytes_max=4 << 20)
         for record in records:
@@ -27,7 +28,7 @@ async def count_log(bus: Client) -> Counter[str]:
                     counts["rollouts_submitted"] += 1
                 elif Status(event.status).terminal:
                     counts[f"rollouts_{event.status}"] += 1
-    newest = await bus.get(POLICY_WEIGHTS)
+    newest = await bus.get(weights_of(policy))
     counts["policy_versions"] = 0 if newest is None else newest.version + 1
     return counts
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,12 @@ from typing import Any
 import anyio.to_thread
 import httpx
 import msgspec
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_bus import (
-    POLICY_WEIGHTS,
     BrokenError,
     Client,
-    Resource,
     RunFile,
     StorageError,
     TrainedRollout,
@@ -36,15 +35,29 @@ from lightning_bus.adapters import Row
 from trainer.config import PolicySection, ServeSection, TrainSection
 from trainer.metrics import MetricsFile
 from trainer.optimize import checkpoint
+from trainer.optimize.checkpoint import Part
+from trainer.optimize.following import policy_on
 from trainer.optimize.optimizer import Optimizer
-from trainer.optimize.step import StepMetrics
-from trainer.policy.model import gathered_weights, load_policy, load_tokenizer, save_policy
-from trainer.registry import files_to_keep
+from trainer.policy.build import serves_adapters
+from trainer.policy.lora import (
+    adapter_config,
+    adapter_weights,
+    export_policy,
+    merged_from,
+    served_weights,
+    write_config,
+)
+from trainer.policy.model import gathered_weights, has_adapter, load_policy, load_tokenizer
+from trainer.ranks import World
+from trainer.refusals import as_config_error, refuse_engine
+from trainer.registry import files_to_keep, publish, published_as
+from trainer.serving.adapters import AdapterTransfer
 from trainer.serving.errors import WeightUpdateError
 from trainer.serving.fleet import ENGINE_LIMIT_S, Fleet, build_transfer
 from trainer.serving.remote import RemoteEngine
 from trainer.serving.slots import shm_directory
 from trainer.serving.weights import weights_checksum
+from trainer.sinks import Sinks
 
 log = logging.getLogger(__name__)
 
@@ -73,37 +86,51 @@ class Progress:
 class Session:
     """Everything the algorithms share."""
 
-    def __init__(self, run: RunFile, bus: Client, http: httpx.AsyncClient, engine_urls: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: RunFile,
+        bus: Client,
+        http: httpx.AsyncClient,
+        engine_urls: Sequence[str],
+        world: World = World(),  # noqa: B008 - frozen: this process alone, on the CPU
+    ) -> None:
         self.run = run
         self.train = run.section(TrainSection)
         self.policy = run.section(PolicySection)
+        self.published_as = published_as(run)
         self.bus = bus
         self.directory = run.directory
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = MetricsFile(self.directory / "metrics.jsonl")
+        self.sinks = Sinks(run, _name_of(self.directory))
         self.progress = Progress(started_ns=_started_ns(run.directory))
-        self.model: PreTrainedModel = load_policy(self.directory / "policy")
-        # Files are named after the run's directory, so that a resumed trainer takes them over.
-        transfer = build_transfer(
-            run.section(ServeSection),
-            self.directory,
-            f"lightning-bus-{_name_of(self.directory)}",
-            limit_s=self.train.push_limit_s,
-        )
+        self.model: PreTrainedModel = policy_on(world, self.policy, self.directory / "policy")
+        serve = run.section(ServeSection)
+        self.adapters_served = serves_adapters(serve, self.policy.lora_rank)
+        if self.adapters_served:
+            transfer = AdapterTransfer(self.directory / "adapters", self.policy.name, adapter_config(self.model))
+        else:
+            # Files are named after the run's directory, so that a resumed trainer takes them over.
+            name = f"lightning-bus-{_name_of(self.directory)}"
+            transfer = build_transfer(serve, self.directory, name, limit_s=self.train.push_limit_s)
+        self.engines = [RemoteEngine(http, url, limit_s=self.train.push_limit_s) for url in engine_urls]
         self.fleet = Fleet(
-            [RemoteEngine(http, url, limit_s=self.train.push_limit_s) for url in engine_urls],
+            self.engines,
             transfer,
             mode=self.train.push_mode,
             limit_s=self.train.push_limit_s + ENGINE_LIMIT_S,
         )
 
     def resume(self) -> None:
-        """Take over weights and progress from the newest checkpoint, if there is one; see `restore_optimizer` too."""
+        """Take over weights and progress from the newest checkpoint, if there is one; see `restore_optimizer` too.
+
+        Raises ConfigError for a checkpoint of another model.
+        """
         path = checkpoint.latest(self.checkpoints)
         if path is None:
             return
-        optimizer = Optimizer(self.model, lr=1.0)
-        found = checkpoint.load(path, self.model, optimizer)
+        with as_config_error(f"{self.directory} cannot go on from its checkpoint"):
+            found = checkpoint.load(path, self.model, None)
         self.progress = msgspec.convert(found.extra, Progress)
         log.info(
             "resumed from %s: phase %s, step %s, version %s",
@@ -113,29 +140,38 @@ class Session:
             self.progress.version,
         )
 
-    def restore_optimizer(self, optimizer: Optimizer) -> None:
-        """Give an optimiser its state back, if the newest checkpoint was made in the middle of its phase."""
-        path = checkpoint.latest(self.checkpoints)
-        if path is not None and self.progress.step > 0:
-            checkpoint.load(path, self.model, optimizer)
+    def restore_optimizer(self, optimizer: Optimizer, parts: Mapping[str, Part] | None = None) -> None:
+        """Give an optimiser, and parts beside the policy, their state back, if the newest checkpoint is of their phase.
 
-    def checkpoint(self, optimizer: Optimizer) -> None:
-        """Make model, optimiser and progress durable."""
+        Raises ConfigError when it was made without such parts: by a run with another algorithm.
+        """
+        path = checkpoint.latest(self.checkpoints)
+        if path is None or self.progress.step == 0:
+            return
+        with as_config_error("this run cannot go on with what is configured now"):
+            checkpoint.load(path, self.model, optimizer, parts=parts)
+
+    def checkpoint(self, optimizer: Optimizer, parts: Mapping[str, Part] | None = None) -> None:
+        """Make model, optimiser, parts beside the policy and progress durable."""
         self.progress.checkpoints += 1
         extra = msgspec.to_builtins(self.progress)
         with storing(self.checkpoints):
-            checkpoint.save(self.checkpoints, self.progress.checkpoints, self.model, optimizer, extra)
+            if has_adapter(self.model):
+                write_config(self.checkpoints, adapter_config(self.model))
+            checkpoint.save(self.checkpoints, self.progress.checkpoints, self.model, optimizer, extra, parts=parts)
 
     async def retain(self) -> None:
         """Drop old checkpoints: all but the newest few, and those of pinned versions and of the one that is served."""
-        spared = await files_to_keep(self.bus, self.directory)
+        spared = await files_to_keep(self.bus, self.directory, self.published_as)
         with storing(self.checkpoints):
             checkpoint.drop_old(self.checkpoints, self.train.keep_checkpoints, spared)
 
     async def record(self) -> None:
         """Say on the bus that the checkpointed weights are the current version."""
         progress = self.progress
-        weights = gathered_weights(self.model)
+        # Version 0 is the directory that the run began with; an adapter has added nothing to it yet.
+        first = not progress.version and has_adapter(self.model)
+        weights = gathered_weights(load_policy(self._file) if first else self.model)
         version = WeightVersion(
             version=progress.version,
             parent=progress.parent,
@@ -147,9 +183,13 @@ class Session:
             path=str(self._file.absolute()),
             created_ns=wall_ns(),
         )
-        known = await self.bus.get(POLICY_WEIGHTS, progress.version)
-        if known is None:
-            await self.bus.put(Resource(POLICY_WEIGHTS, progress.version, msgspec.msgpack.encode(version)))
+        await publish(self.bus, version, self.published_as)
+
+    async def refuse_other_tokens(self) -> None:
+        """Raise ConfigError when an engine of this run does not have the policy's tokenizer."""
+        tokenizer = load_tokenizer(self.directory / "policy")
+        for engine in self.engines:
+            await refuse_engine(engine, self.policy.name, tokenizer)
 
     async def publish(self) -> None:
         """Make the checkpointed weights the ones that engines serve, under their version, and say so on the bus."""
@@ -159,7 +199,7 @@ class Session:
         # Before the record, so that weights that cannot be served are never announced.
         try:
             with storing(Path(place)):
-                await self.fleet.prepare(gathered_weights(self.model), str(progress.version), frozen=frozen)
+                await self.fleet.prepare(self._served_weights(), str(progress.version), frozen=frozen)
         except WeightUpdateError as exc:
             raise BrokenError(f"weight version {progress.version} cannot be served: {exc}") from exc
         await self.record()
@@ -176,9 +216,11 @@ class Session:
             )
 
     def tell(self, line: dict[str, Any]) -> None:
-        """Write a line to metrics.jsonl."""
+        """Write a line to metrics.jsonl, and where else [train] log wants it."""
         with storing(self.metrics.path):
-            self.metrics.write(line)
+            fresh = self.metrics.write(line)
+        if fresh:
+            self.sinks.write(line)
 
     def note(self, phase: str, **values: Any) -> dict[str, Any]:
         """Return a line for metrics.jsonl."""
@@ -195,12 +237,22 @@ class Session:
         """Write the policy as a directory that `lightning-bus serve` and any Hugging Face loader take."""
         target = self.directory / "checkpoint"
         with storing(target):
-            save_policy(self.model, load_tokenizer(self.directory / "policy"), target)
+            export_policy(self.model, load_tokenizer(self.directory / "policy"), target)
         return target
 
     def close(self) -> None:
-        """Let go of the weight files. An engine that restarts reads the checkpoint."""
+        """Let go of the weight files, and of the sinks. An engine that restarts reads the checkpoint."""
         self.fleet.close()
+        self.sinks.close()
+
+    def _served_weights(self) -> dict[str, Tensor]:
+        """What engines are pushed: the adapter where they take it, else the whole model with the adapter in it."""
+        if self.adapters_served:
+            return adapter_weights(self.model)
+        if has_adapter(self.model) and self.policy.compute_dtype != "float32":
+            # The live base is rounded; the one that a restarted replica puts together from the checkpoint is not.
+            return merged_from(gathered_weights(self.model), adapter_config(self.model), self.directory / "policy")
+        return served_weights(self.model)
 
     @property
     def _file(self) -> Path:
@@ -228,19 +280,6 @@ def trained_record(rows: Sequence[Row]) -> list[tuple[str, int, list[bytes]]]:
     for row in rows:
         spans.setdefault((row.rollout_id, row.attempt), []).extend(row.span_ids)
     return [(rollout_id, attempt, ids) for (rollout_id, attempt), ids in sorted(spans.items())]
-
-
-def step_line(metrics: StepMetrics) -> dict[str, float]:
-    """Return the part of a metrics line that every optimiser step has."""
-    return {
-        "loss": metrics.loss,
-        "grad_norm": metrics.grad_norm,
-        "lr": metrics.lr,
-        "trained_tokens": metrics.trained_tokens,
-        "tokens_per_s": metrics.tokens_per_s,
-        "step_s": metrics.forward_s + metrics.backward_s + metrics.update_s,
-        **metrics.means,
-    }
 
 
 def _started_ns(run_directory: Path) -> int:

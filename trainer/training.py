@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import httpx
 import msgspec
 import torch
+from transformers import PreTrainedModel
 
 from lightning_bus import (
     CallError,
     Client,
     Conflict,
+    CreditSection,
     RunFile,
     StopProcess,
     StorageError,
@@ -27,16 +30,23 @@ from lightning_bus import (
     reward_hooks,
     wall_ns,
 )
-from lightning_bus.adapters import Cursor, RewardsSection
+from lightning_bus.adapters import RewardsSection
+from trainer.algorithms.admission import cancel_unfinished
+from trainer.algorithms.base import Algorithm
+from trainer.algorithms.chosen import algorithm_of
 from trainer.algorithms.evaluate import evaluate
 from trainer.algorithms.rl import reinforce
-from trainer.algorithms.sft import imitate
-from trainer.config import TrainSection
-from trainer.data.stream import RolloutStream
+from trainer.algorithms.sft import imitate, read_conversations
+from trainer.config import PolicySection, TrainSection
+from trainer.data.stream import RolloutStream, beginning
 from trainer.loading import load_tasks
-from trainer.optimize import checkpoint
+from trainer.optimize import checkpoint, following, losses
+from trainer.optimize.determinism import be_deterministic
+from trainer.ranks import World, join, lead, leave
+from trainer.refusals import as_config_error, refuse_directory
 from trainer.report import count_log, plot_reward, write_summary
 from trainer.session import Session, storing
+from trainer.sinks import refuse_missing
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +54,28 @@ POLICY_LIMIT_S = 180.0  # the engine writes the first policy when it starts
 WRITER_LIMIT_S = 60.0  # a rollback takes seconds, a trainer that was told to stop a step
 
 
-async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> dict[str, Any]:
-    """Carry out the run and return its summary, which is also in summary.json."""
+async def train(
+    run: RunFile, *, bus_address: str, engine_urls: list[str], algorithm: Algorithm | None = None
+) -> dict[str, Any]:
+    """Carry out the run and return its summary, which is also in summary.json.
+
+    algorithm  default: the one that [train.rl] names
+    """
     config = run.section(TrainSection)
+    credit = run.section(CreditSection)
+    algorithm = algorithm_of(config.rl, credit) if algorithm is None else algorithm.credited(credit)
     torch.set_num_threads(config.torch_threads)
+    refuse_missing(config.log)
     tasks = load_tasks(config.tasks, run.run.seed, "train.tasks")
     held_out = load_tasks(config.held_out, run.run.seed, "train.held_out")
     await wait_for_policy(run.directory / "policy")
+    refuse_directory(run.directory / "policy")
+    if config.deterministic:
+        be_deterministic(run.run.seed)
+    world = join(config.device)
+    if not world.leads:
+        await anyio.to_thread.run_sync(follow, world, run, algorithm)
+        return {}
     summary: dict[str, Any] = {}
     async with (
         sole_writer(run.directory),
@@ -59,28 +84,49 @@ async def train(run: RunFile, *, bus_address: str, engine_urls: list[str]) -> di
         reward_hooks(run.section(RewardsSection)) as hooks,
         anyio.create_task_group() as background,
     ):
-        session = Session(run, bus, http, engine_urls)
+        with as_config_error("this policy cannot be trained"):
+            session = Session(run, bus, http, engine_urls, world)
         session.resume()
         progress = session.progress
+        start = await beginning(bus, progress.stream)
         stream = RolloutStream(
             bus,
             config.rl.group_size,
-            msgspec.convert(progress.stream, Cursor),
+            start,
             config.rollout_limit_s,
             hooks=hooks,
+            policy=session.policy.name if len(credit.policies) > 1 else "",
+            cursor_name=f"trainer/{session.published_as}",
         )
+        await stream.commit(msgspec.to_builtins(start))
         background.start_soon(stream.run)
         background.start_soon(session.fleet.run)
         try:
-            await run_stages(session, stream, tasks, held_out)
+            await run_stages(session, stream, tasks, held_out, algorithm)
             await session.fleet.settle()
             summary = await summarise(session)
+            await stream.release()
         except (CallError, StopProcess, anyio.get_cancelled_exc_class()):
             session.close()  # this process will not be started again by itself, so nobody needs the weights in memory
             raise
         session.close()
+        dismiss(session.model)
         background.cancel_scope.cancel()
     return summary
+
+
+def follow(world: World, run: RunFile, algorithm: Algorithm) -> None:
+    """Train with the leader until it is done: what every rank but the first does."""
+    with as_config_error("this policy cannot be trained"):
+        model = following.policy_on(world, run.section(PolicySection), run.directory / "policy")
+    following.follow(world, model, [losses.sft, algorithm.loss])
+    leave()
+
+
+def dismiss(model: PreTrainedModel) -> None:
+    """Tell the ranks that follow that all is done, if there are any."""
+    lead(model, "end")
+    leave()
 
 
 @asynccontextmanager
@@ -110,43 +156,44 @@ def log_beside(directory: Path, bus_address: str) -> Path | None:
     return directory / "log" if here and (directory / "log").is_dir() else None
 
 
-async def run_stages(session: Session, stream: RolloutStream, tasks: Sequence[Any], held_out: Sequence[Any]) -> None:
+async def run_stages(
+    session: Session,
+    stream: RolloutStream,
+    tasks: Sequence[Any],
+    held_out: Sequence[Any],
+    algorithm: Algorithm | None = None,
+) -> None:
     """Evaluate, imitate, evaluate, reinforce, evaluate; whatever the checkpoint says is behind us is skipped."""
-    progress = session.progress
+    progress, follows = session.progress, session.train.follow
+    # Before anything else, so that a bad line ends the run now rather than after the first evaluation.
+    imitates = progress.phase in ("init", "sft")
+    conversations = await anyio.to_thread.run_sync(read_conversations, session) if imitates else []
     if progress.phase != "sft":  # in the middle of imitation the weights are no version, and version 0 is out already
         await session.publish()
+        await session.refuse_other_tokens()
     if progress.line:  # a life that ended between checkpoint and this line left it to us
         session.tell(progress.line)
-    if progress.phase in ("init", "sft"):
-        if progress.step == 0:
+    if imitates:
+        if progress.step == 0 and not follows:
             await evaluate(session, stream, held_out)
-        if session.train.sft.rollouts:
-            await imitate(session, stream, tasks)
+        if session.train.sft.wanted:
+            await imitate(session, stream, tasks, conversations)
         else:
             progress.phase = "rl"
     if progress.phase == "rl":
-        if progress.step == 0:
+        if progress.step == 0 and not follows:
             await evaluate(session, stream, held_out)
-        await reinforce(session, stream, tasks, held_out)
+        await reinforce(session, stream, tasks, held_out, algorithm)
     await cancel_unfinished(session)
-    await evaluate(session, stream, held_out)
-
-
-async def cancel_unfinished(session: Session) -> None:
-    """End the rollouts that ran ahead of the last step: nobody will train on them."""
-    size = session.train.rl.group_size
-    ids = [
-        f"train-{group:05d}-{member}" for group in range(session.progress.submitted_groups) for member in range(size)
-    ]
-    for start in range(0, len(ids), 1000):
-        await session.bus.cancel(ids[start : start + 1000])
+    if not follows:
+        await evaluate(session, stream, held_out)
 
 
 async def summarise(session: Session) -> dict[str, Any]:
     """Count the log, write summary.json, reward.png and the final checkpoint."""
-    counts = await count_log(session.bus)
+    counts = await count_log(session.bus, session.published_as)
     evals = session.progress.evals
-    after_sft = "1" if session.train.sft.rollouts else "0"
+    after_sft = "1" if session.train.sft.wanted else "0"
     summary: dict[str, Any] = {
         "success_before_sft": evals.get("0"),
         "success_before_rl": evals.get(after_sft),

@@ -1,9 +1,11 @@
 """Supervised start: a teacher's rollouts go through the bus like any others, and the policy imitates what was recorded.
 
-    submit rollouts that call the teacher → wait → rows from their spans → epochs of cross-entropy → version 1
+    submit rollouts that call the teacher → wait → rows from their spans ─┐
+                          conversations in files → rows (`data.chats`) ───┴→ epochs of cross-entropy → version 1
 
-All recorded rollouts are imitated, the wrong ones too: a teacher's mistakes are its own, and reward comes later. The
-order of the rows depends on the seed and the epoch alone, so an interrupted epoch is run again as it was.
+All recorded rollouts are imitated, the wrong ones too: a teacher's mistakes are its own, and reward comes later. The loss
+of an update is the mean over its trained tokens. The order of the rows depends on the seed and the epoch alone, so an
+interrupted epoch is run again as it was.
 """
 
 from __future__ import annotations
@@ -16,19 +18,37 @@ import anyio.to_thread
 
 from lightning_bus import ConfigError, CreditSection
 from lightning_bus.adapters import Row, scored
+from trainer.algorithms import lines
 from trainer.data.batch import pack_rows
-from trainer.data.filters import drop_failed, drop_unscored
+from trainer.data.chats import chat_rows
+from trainer.data.filters import drop_failed, drop_long, drop_unscored
 from trainer.data.stream import TEACHER, RolloutStream, submission
 from trainer.optimize import losses
 from trainer.optimize.optimizer import Optimizer
 from trainer.optimize.step import StepMetrics, train_step
-from trainer.session import Session, step_line, trained_record
+from trainer.policy.model import load_tokenizer
+from trainer.ranks import num_ranks
+from trainer.refusals import refuse_lengths, refuse_tokens
+from trainer.serving.chat import ChatFormat
+from trainer.serving.engine import end_ids
+from trainer.session import Session, trained_record
 
 
-async def imitate(session: Session, stream: RolloutStream, tasks: Sequence[Any]) -> None:
-    """Train on the teacher's rollouts over `tasks` and publish the result as the next version."""
+async def imitate(
+    session: Session, stream: RolloutStream, tasks: Sequence[Any], conversations: Sequence[Row] = ()
+) -> None:
+    """Train on the teacher's rollouts over `tasks`, and on conversations, and publish the result as the next version.
+
+    conversations  `read_conversations`; rows that are longer than the token budget are left out and counted
+
+    Raises ConfigError where nothing is left to imitate, or a token is not the model's.
+    """
     config, progress = session.train.sft, session.progress
-    rows = await record_teacher(session, stream, tasks[: config.rollouts])
+    recorded = await record_teacher(session, stream, tasks[: config.rollouts]) if config.rollouts else []
+    every = [*recorded, *conversations]
+    refuse_tokens(every, session.model)
+    refuse_lengths([len(row.token_ids) for row in every], session.train.token_budget)
+    rows, dropped = (kept := drop_long(every, tokens_max=session.train.token_budget)).items, kept.dropped
     optimizer = Optimizer(
         session.model, lr=config.lr, weight_decay=config.weight_decay, warmup_updates=config.warmup_updates
     )
@@ -40,21 +60,35 @@ async def imitate(session: Session, stream: RolloutStream, tasks: Sequence[Any])
         steps: list[StepMetrics] = []
         for start in range(0, len(order), config.batch_rollouts):
             batch = order[start : start + config.batch_rollouts]
-            packs = pack_rows(batch, [1.0] * len(batch), token_budget=session.train.token_budget, temperature=1.0)
+            packs = pack_rows(
+                batch,
+                [1.0] * len(batch),
+                token_budget=session.train.token_budget,
+                temperature=1.0,
+                ranks=num_ranks(),
+            )
             # On a thread: replicas that are being caught up, and the bus, must not wait for a step to end.
             steps.append(await anyio.to_thread.run_sync(train_step, session.model, optimizer, packs, losses.sft))
         progress.step += 1
-        session.tell(session.note("sft", **step_line(steps[-1])))
+        session.tell(session.note("sft", rows=len(rows), dropped=dict(dropped), **lines.step_line(steps[-1])))
         await anyio.to_thread.run_sync(session.checkpoint, optimizer)
         await session.retain()
     progress.parent, progress.version = progress.version, progress.version + 1
-    progress.trained = trained_record(rows)
+    progress.trained = trained_record([row for row in rows if row.span_ids])  # the rest is in no log
     progress.line = {}
     progress.stream = stream.saved_state()
     progress.phase, progress.step = "rl", 0
     await anyio.to_thread.run_sync(session.checkpoint, optimizer)
     await session.publish()
     await session.retain()
+
+
+def read_conversations(session: Session) -> list[Row]:
+    """Return the rows of [train.sft] files. Raises ConfigError with file and line number for one that cannot be used."""
+    if not session.train.sft.files:
+        return []
+    tokenizer = load_tokenizer(session.directory / "policy")
+    return chat_rows(session.train.sft.files, ChatFormat(tokenizer, end_ids(session.model, tokenizer)))
 
 
 async def record_teacher(session: Session, stream: RolloutStream, tasks: Sequence[Any]) -> list[Row]:

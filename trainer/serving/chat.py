@@ -71,12 +71,15 @@ class ChatFormat:
                 "the chat template renders a reply differently from what its generation prompt begins, so a scripted "
                 "reply has no exact token ids. Use a template whose generation prompt is a prefix of the rendered turn."
             )
-        token_ids = whole_ids[len(prompt_ids) :]
-        ends = [at for at, token_id in enumerate(token_ids) if token_id in self._end_ids]
-        token_ids = token_ids[: ends[0] + 1] if ends else token_ids
+        token_ids = self.answer_ids(whole_ids[len(prompt_ids) :])
         span = VersionSpan(SCRIPTED_VERSION, 0, len(token_ids))
         none: list[list[tuple[int, float]]] = [[] for _ in token_ids]
         return prompt_ids, Completion(token_ids, [0.0] * len(token_ids), none, "stop", None, [span])
+
+    def answer_ids(self, token_ids: list[int]) -> list[int]:
+        """What a model samples of an assistant message: up to the token that ends it, without what templates put behind."""
+        end = next((at + 1 for at, token_id in enumerate(token_ids) if token_id in self._end_ids), len(token_ids))
+        return token_ids[:end]
 
     def text(self, completion: Completion, stops: tuple[str, ...], *, with_special: bool = False) -> str:
         """The text of a completion: without its end token and without the stop string that ended it.
@@ -130,7 +133,7 @@ class ChatFormat:
     def _render(self, messages: list[Message], tools: list[Message] | None, options: Mapping[str, Any]) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                [_for_template(message) for message in messages],
+                [for_template(message) for message in messages],
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 **options,
@@ -143,7 +146,7 @@ class ChatFormat:
         return text
 
 
-def _for_template(message: Mapping[str, Any]) -> Message:
+def for_template(message: Mapping[str, Any]) -> Message:
     """A message as templates expect it: content a string, arguments of tool calls an object."""
     if not isinstance(message.get("role"), str):
         raise BadRequestError("every message needs a role, such as user", param="messages")

@@ -66,7 +66,7 @@ class Engine:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.end_ids = _end_ids(model, tokenizer)
+        self.end_ids = end_ids(model, tokenizer)
         own_limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", CONTEXT_TOKENS_DEFAULT))
         self.context_tokens = context_tokens or min(own_limit, CONTEXT_TOKENS_DEFAULT)
         _check_attention(model, self.context_tokens)
@@ -302,7 +302,8 @@ def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None
         pass
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What ends an answer: the model's own say, else the tokenizer's."""
     configured = cast("int | list[int] | None", getattr(model.generation_config, "eos_token_id", None))
     if configured is None:
         configured = cast("int | None", tokenizer.eos_token_id)

@@ -169,6 +169,18 @@ class Generated(msgspec.Struct, kw_only=True):
     usage: dict[str, Any] | None = None
 
 
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """A text, or a conversation as the chat route would render it, whose token ids are asked for."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool = True  # of a text; a template says itself what it begins with
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+
+
 class DerenderBody(msgspec.Struct, kw_only=True):
     """Ids to turn into a chat answer: `generate_response` whole, or with `stream` one `generate_chunk` after another."""
 

@@ -114,6 +114,13 @@ class RemoteEngine:
         choice = (await self._call("POST", "/inference/v1/generate", body)).json()["choices"][0]
         return [(entry["token_id"], entry["logprob"]) for entry in choice["logprobs"]["content"]]
 
+    # --- text ---
+
+    async def tokenize(self, model: str, text: str) -> list[int]:
+        """The ids of a text by itself, without a template and without special tokens before or after it."""
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        return [int(token_id) for token_id in (await self._call("POST", "/tokenize", body)).json()["tokens"]]
+
     async def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
             response = await self._client.request(

@@ -25,11 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from lightning_bus import BrokenError, ConfigError, monotonic_s, serve_http
 from trainer.config import PolicySection, ServeSection, replica_urls, scripted_bind, scripted_url
 from trainer.loading import import_named
-from trainer.policy.model import move_into_place
+from trainer.policy.model import check_weights, move_into_place
+from trainer.refusals import as_config_error, refuse_directory
+from trainer.serving.adapters import base_name
 from trainer.serving.app import build_app
 from trainer.serving.chat import Script
 from trainer.serving.current import FIRST, Weights
 from trainer.serving.engine import Engine
+from trainer.serving.errors import WeightsRefusedError
 from trainer.serving.keeper import Keeper, Limits
 from trainer.serving.remote import CALL_LIMIT_S, UNFIT, RemoteEngine
 from trainer.serving.scripted import build_scripted_app
@@ -147,7 +150,10 @@ async def _serve_embedded(
     section: ServeSection, what: Serving, scripts: Mapping[str, Script], started: Callable[[str], None] | None
 ) -> None:
     model = await anyio.to_thread.run_sync(load_served, what.directory)
-    label = FIRST if what.weights is None else await what.weights.load_into(model)
+    try:
+        label = FIRST if what.weights is None else await what.weights.load_into(model)
+    except WeightsRefusedError as exc:
+        raise ConfigError(f"the run's newest weights cannot be served: {exc}") from exc
     with Engine(
         model,
         AutoTokenizer.from_pretrained(what.directory),
@@ -166,8 +172,8 @@ async def _serve_embedded(
 
 def load_served(directory: Path) -> PreTrainedModel:
     """Load the model as the embedded engine serves it: float32, with the attention that transformers chooses."""
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"{directory} is not a model directory: there is no config.json in it")
+    with as_config_error("this model cannot be served"):
+        check_weights(directory)
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
@@ -199,7 +205,12 @@ async def _serve_vllm(
     async with httpx.AsyncClient(trust_env=False) as http, anyio.create_task_group() as tasks:
         for number in range(section.replicas):
             launch = vllm_launch(
-                section, what.directory, name=what.name, installed=installed, replica=number, seed=what.seed
+                section,
+                what.directory,
+                name=base_name(what.name) if what.weights is not None and what.weights.adapter else what.name,
+                installed=installed,
+                replica=number,
+                seed=what.seed,
             )
             engine = RemoteEngine(http, launch.url, limit_s=max(what.push_limit_s, CALL_LIMIT_S))
             keeper = Keeper(
@@ -234,6 +245,7 @@ def _linked(model: Path, target: Path) -> Path:
         raise ConfigError(
             f"policy.model = {str(model)!r} is neither MODULE:FUNCTION nor a model directory (no config.json in it)"
         )
+    refuse_directory(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.symlink_to(model.resolve(), target_is_directory=True)
     return target

@@ -34,7 +34,9 @@ from trainer.serving.protocol import (
     Generated,
     GeneratedChoice,
     IdLogprobs,
+    NoWeightsError,
     StreamState,
+    TokenizeBody,
     json_response,
     read_body,
 )
@@ -59,6 +61,7 @@ class TokenRoutes:
             Route("/v1/chat/completions/render", self.render, methods=["POST"]),
             Route("/inference/v1/generate", self.generate, methods=["POST"]),
             Route("/v1/chat/completions/derender", self.derender, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
         ]
 
     async def render(self, request: HttpRequest) -> Response:
@@ -94,6 +97,24 @@ class TokenRoutes:
                 "output_mode": "tokens",
             }
         )
+
+    async def tokenize(self, request: HttpRequest) -> Response:
+        """The ids of a text or a conversation: to count them, or to compare them with another tokenizer's."""
+        body = await read_body(request, TokenizeBody)
+        with contextlib.suppress(NoWeightsError):  # a script speaks by the same tokenizer
+            self._check_model(body.model or self._model_name)
+        if (body.prompt is None) == (body.messages is None):
+            raise BadRequestError("send either a prompt or messages", param="prompt")
+        if body.prompt is not None:
+            ids: list[int] = self._format.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        else:
+            ids = self._format.prompt_ids(
+                body.messages or [],
+                body.tools,
+                add_generation_prompt=body.add_generation_prompt,
+                template_kwargs=body.chat_template_kwargs,
+            )
+        return json_response({"count": len(ids), "max_model_len": self._engine.context_tokens, "tokens": ids})
 
     async def generate(self, request: HttpRequest) -> Response:
         body = await read_body(request, GenerateBody)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from tests.unit.trainer.engine_stub import FILE_FIELDS, EngineStub, client_of, engine_of
 from tests.unit.trainer.serving_fixtures import build_model, build_tokenizer, reference_logprobs
 from tests.unit.trainer.test_serving_weights import DAMAGES, Damage
+from trainer.serving.adapters import AdapterTransfer, push_adapter, push_adapters
 from trainer.serving.app import build_app
 from trainer.serving.engine import Engine
 from trainer.serving.errors import EngineSilentError, WeightsRefusedError, WeightUpdateError
-from trainer.serving.push import FileOffer, FileTransfer, PushTimes, Target, push, push_adapter
+from trainer.serving.push import FileOffer, FileTransfer, PushTimes, Target, push
 from trainer.serving.remote import RemoteEngine
 from trainer.serving.sampling import SamplingParams
 from trainer.serving.slots import WeightDirectory, WeightSlots
@@ -257,3 +259,33 @@ async def test_an_engine_that_is_away_is_named_with_the_limit() -> None:
     stub.label = "default"
     async with client_of(stub) as client:
         assert "'default', so it is not current yet" in await engine_of(client, stub).why_not_ours()
+
+
+async def test_an_adapter_reaches_every_engine_by_a_path_of_its_own_version(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2}
+    transfer = AdapterTransfer(tmp_path / "adapters", "policy", config)
+    tensors = {"base_model.model.q.lora_A.weight": torch.ones(1, 3)}
+    stubs = [EngineStub(), EngineStub()]
+    for version in ("1", "2", "3", "4", "5"):
+        offer = transfer.offer(tensors, version)
+        for stub in stubs:
+            async with client_of(stub) as client:
+                (result,) = (await push_adapters(offer, [Target(engine_of(client, stub))])).values()
+                assert isinstance(result, PushTimes)
+    for stub in stubs:
+        assert [Path(update["lora_path"]).name for update in stub.updates] == ["1", "2", "3", "4", "5"]
+        assert (stub.label, stub.paused) == ("5", False)
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == ["2", "3", "4", "5"]
+    assert json.loads((offer.directory / "adapter_config.json").read_text()) == config
+    with pytest.raises(WeightsRefusedError, match="1 tensors of adapter 6 are not finite"):
+        transfer.offer({"lora_A": torch.tensor([float("nan")])}, "6")
+
+
+async def test_an_engine_that_may_have_an_adapter_and_not_its_label_does_not_go_on(tmp_path: Path) -> None:
+    stub = EngineStub()
+    offer = AdapterTransfer(tmp_path, "policy", {}).offer({}, "7")
+    async with client_of(stub) as client:
+        stub.on_call = lambda route: 500 if route == "update_weight_version" and stub.label != "unfit" else None
+        (result,) = (await push_adapters(offer, [Target(engine_of(client, stub))])).values()
+    assert isinstance(result, WeightUpdateError) and not result.served
+    assert stub.paused

@@ -19,7 +19,10 @@ from lightning_bus.adapters import FinishedRollout, Group, RewardsSection, Row, 
 from tests.bus_fixtures import span
 from tests.golden import multi_agent
 from tests.reference.rows import tiny_llama
-from trainer.algorithms import rl
+from trainer.algorithms import lines, rl
+from trainer.algorithms.admission import submit_groups
+from trainer.algorithms.batches import Batch, rows_and_advantages
+from trainer.algorithms.chosen import algorithm_of
 from trainer.algorithms.evaluate import evaluate
 from trainer.config import EvalSection, PolicySection, RlSection, TrainSection
 from trainer.data.batch import pack_rows
@@ -28,6 +31,7 @@ from trainer.metrics import MetricsFile
 from trainer.optimize import losses
 from trainer.optimize.optimizer import Optimizer
 from trainer.optimize.step import train_step
+from trainer.phases import Phases
 from trainer.session import Progress
 
 pytestmark = pytest.mark.anyio
@@ -89,7 +93,7 @@ def a_session(tmp_path: Path, config: RlSection = CONFIG, credit: CreditSection 
     sections = {CreditSection: credit}
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     return SimpleNamespace(
-        run=SimpleNamespace(section=lambda kind: sections.get(kind, kind())),
+        run=SimpleNamespace(section=lambda kind: sections.get(kind, kind()), run=SimpleNamespace(seed=0)),
         train=TrainSection(tasks="", held_out="", rl=config, eval=EvalSection(tasks=2)),
         policy=PolicySection(model=""),
         progress=Progress(**more),
@@ -101,10 +105,28 @@ def a_session(tmp_path: Path, config: RlSection = CONFIG, credit: CreditSection 
     )
 
 
+async def batch_of(session: Any, stream: Any, tasks: list[str]) -> tuple[list[ScoredRollout], Any, Counter[str]]:
+    algorithm = algorithm_of(session.train.rl, session.run.section(CreditSection))
+    batch = await rl.next_batch(session, stream, tasks, algorithm, Phases())
+    return batch.rollouts, batch.seen, batch.dropped
+
+
+def rows_from(
+    rollouts: list[ScoredRollout], credit: CreditSection, version: int, tokens_max: int, counts: Counter[str]
+) -> list[Row]:
+    return rows_and_advantages(
+        Batch(rollouts, dropped=counts),
+        algorithm_of(CONFIG, credit),
+        version=version,
+        staleness_max=CONFIG.staleness_max,
+        tokens_max=tokens_max,
+    )
+
+
 async def test_groups_that_teach_nothing_are_replaced_before_the_batch_is_counted(tmp_path: Path) -> None:
     stream = StubStream([group("a", 1.0, 1.0), group("b", 0.0, 1.0), group("c", None, 1.0), group("d", 1.0, 0.0)])
     session = a_session(tmp_path)
-    batch, seen, counts = await rl.next_batch(session, stream, ["task"])  # pyright: ignore[reportArgumentType]
+    batch, seen, counts = await batch_of(session, stream, ["task"])
     assert [one.rollout_id for one in batch] == ["b-0", "b-1", "d-0", "d-1"]
     assert [one.group for one in seen] == ["a", "a", "b", "b", "c", "c", "d", "d"]
     assert counts == Counter(zero_variance_group=2, failed=1, singleton_group=1)
@@ -115,7 +137,7 @@ async def test_groups_that_teach_nothing_are_replaced_before_the_batch_is_counte
 async def test_refilling_has_a_bound(tmp_path: Path) -> None:
     stream = StubStream([group(f"g{n}", 1.0, 1.0) for n in range(9)])
     session = a_session(tmp_path)
-    batch, seen, counts = await rl.next_batch(session, stream, ["task"])  # pyright: ignore[reportArgumentType]
+    batch, seen, counts = await batch_of(session, stream, ["task"])
     assert batch == []
     assert len(seen) == 2 * (CONFIG.groups_per_step + CONFIG.refill_groups_max)
     assert counts == Counter(zero_variance_group=len(seen))
@@ -128,7 +150,7 @@ async def test_what_versions_sampled_that_a_rollback_gave_up_is_replaced_and_doe
     ended = [group(f"ended{n}", None, None, status=Status.CANCELLED) for n in range(CONFIG.refill_groups_max + 6)]
     stream = StubStream([*ended, *old, group("a", 0.0, 1.0, version=5), group("b", 1.0, 0.0, version=6)])
     session = a_session(tmp_path, version=6, rolled_back=5)
-    batch, _, counts = await rl.next_batch(session, stream, ["task"])  # pyright: ignore[reportArgumentType]
+    batch, _, counts = await batch_of(session, stream, ["task"])
     assert [one.rollout_id for one in batch] == ["a-0", "a-1", "b-0", "b-1"]
     assert counts == Counter(rolled_back=2 * len(old), failed=2 * len(ended))
     assert session.progress.consumed_groups == len(old) + len(ended)
@@ -165,7 +187,7 @@ def told(rows: list[Row]) -> dict[str, list[float]]:
 def test_every_token_carries_its_rollouts_advantage() -> None:
     counts: Counter[str] = Counter()
     batch = rows_of(group("a", 0.0, 1.0), group("b", 3.0, 1.0))
-    rows = rl.rows_and_advantages(batch, CONFIG, CREDIT, 0, 100, counts)
+    rows = rows_from(batch, CREDIT, 0, 100, counts)
     assert told(rows) == {"a-0": [-0.5] * 2, "a-1": [0.5] * 2, "b-0": [1.0] * 2, "b-1": [-1.0] * 2}
     assert not counts
 
@@ -178,7 +200,7 @@ def test_rows_leave_after_the_advantages_are_known_and_are_counted() -> None:
         group("greedy", 0.0, 1.0, version=3, temperature=0.0),
         group("a", 0.0, 1.0, version=3),
     )
-    rows = rl.rows_and_advantages(batch, CONFIG, CREDIT, 4, 20, counts)
+    rows = rows_from(batch, CREDIT, 4, 20, counts)
     assert told(rows) == {"a-0": [-0.5] * 2, "a-1": [0.5] * 2}
     assert counts == Counter(stale=2, too_long=2, greedy=2)
 
@@ -191,7 +213,7 @@ def recorded() -> list[ScoredRollout]:
 
 def test_by_default_learning_is_bit_for_bit_what_it_was_with_one_advantage_a_rollout() -> None:
     batch, counts = recorded(), Counter[str]()
-    rows = rl.rows_and_advantages(batch, CONFIG, CREDIT, 8, 1000, counts)
+    rows = rows_from(batch, CREDIT, 8, 1000, counts)
     # As it was: one number a rollout, the same on all its rows.
     reward_mean = {"count": 2 / 3, "join": 0.25}
     advantage_of = {one.rollout_id: np.float32((one.reward or 0) - reward_mean[one.group]) for one in batch}
@@ -210,7 +232,7 @@ def test_by_default_learning_is_bit_for_bit_what_it_was_with_one_advantage_a_rol
 def test_credit_by_turn_reaches_the_tokens_of_each_call() -> None:
     credit = CreditSection(rule="turn", relevance=0.25, agents=["writer", "rewriter"])
     rollouts, _ = scored(multi_agent.load()[:2], credit, RewardsSection(emitted="final"))
-    rows = rl.rows_and_advantages(rollouts, CONFIG, credit, 8, 1000, Counter())
+    rows = rows_from(rollouts, credit, 8, 1000, Counter())
     # Writer then rewriter, three tokens each: a quarter of the outcome for the first, the whole for the last.
     assert told(rows) == {"count-0": [0.125] * 3 + [0.5] * 3, "count-1": [-0.125] * 3 + [-0.5] * 3}
 
@@ -233,14 +255,14 @@ async def test_with_a_curriculum_tasks_follow_what_was_learnt_of_them_also_after
 
     session = a_session(tmp_path, config)
     stream = StubStream([told("0", "a"), told("2", "b"), told("1", "c")])
-    await rl.next_batch(session, stream, ["x", "y", "z"])  # pyright: ignore[reportArgumentType]
+    await batch_of(session, stream, ["x", "y", "z"])
     assert session.progress.curriculum == {"0": [1.0, 1.0], "2": [0.0, 1.0], "1": [0.5, 1.0]}
     restored = msgspec.convert(msgspec.to_builtins(session.progress), Progress)
     restarted = a_session(tmp_path, config)
     restarted.progress = restored
     for one in (session, restarted):
         before = len(one.bus.submitted)
-        await rl.submit_groups(one, ["x", "y", "z"], 4)
+        await submit_groups(one, ["x", "y", "z"], 4)
         assert {each.labels["task_number"] for each in one.bus.submitted[before:]} == {"1"}, (
             "the one that can be learnt from"
         )
@@ -251,13 +273,13 @@ async def test_agents_that_nobody_has_end_the_run_with_who_there_was(tmp_path: P
     stream = StubStream([group(f"g{n}", 0.0, 1.0) for n in range(5)])
     session = a_session(tmp_path, credit=CreditSection(agents=["wrter"]))
     with pytest.raises(ConfigError, match="'wrter'.*selects none"):
-        await rl.next_batch(session, stream, ["task"])  # pyright: ignore[reportArgumentType]
+        await batch_of(session, stream, ["task"])
 
 
 async def test_an_agent_that_is_seldom_needed_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stream = StubStream([group(f"g{n}", 0.0, 1.0) for n in range(5)])
     session = a_session(tmp_path, credit=CreditSection(agents=["rewriter"]), step=3)
-    batch, _, counts = await rl.next_batch(session, stream, ["task"])  # pyright: ignore[reportArgumentType]
+    batch, _, counts = await batch_of(session, stream, ["task"])
     assert batch == []
     assert counts == {"no agent named": 10, "nothing_to_train": 10}, "they make room for groups that do need it"
     assert "selects none of the calls" in caplog.text
@@ -266,7 +288,7 @@ async def test_an_agent_that_is_seldom_needed_ends_no_run(tmp_path: Path, caplog
 def test_rewards_that_an_estimator_cannot_take_are_told(tmp_path: Path) -> None:
     credit = CreditSection(estimator="maxrl")
     with pytest.raises(ConfigError, match="reward -1 is negative"):
-        rl.rows_and_advantages(rows_of(group("a", -1.0, 1.0)), CONFIG, credit, 0, 100, Counter())
+        rows_from(rows_of(group("a", -1.0, 1.0)), credit, 0, 100, Counter())
 
 
 async def test_credit_by_a_critic_is_refused_where_there_is_none(tmp_path: Path) -> None:
@@ -278,15 +300,15 @@ async def test_credit_by_a_critic_is_refused_where_there_is_none(tmp_path: Path)
 async def test_compared_with_the_batch_a_group_that_agrees_does_teach(tmp_path: Path) -> None:
     stream = StubStream([group("a", 1.0, 1.0), group("b", 0.0, 0.0)])
     session = a_session(tmp_path, credit=CreditSection(estimator="reinforce++"))
-    batch, _, counts = await rl.next_batch(session, stream, ["task"])  # pyright: ignore[reportArgumentType]
-    rows = rl.rows_and_advantages(batch, CONFIG, CreditSection(estimator="reinforce++"), 0, 100, counts)
+    batch, _, counts = await batch_of(session, stream, ["task"])
+    rows = rows_from(batch, CreditSection(estimator="reinforce++"), 0, 100, counts)
     assert {name: round(values[0], 3) for name, values in told(rows).items()} == {
         "a-0": 1.0, "a-1": 1.0, "b-0": -1.0, "b-1": -1.0,
     }  # fmt: skip
 
 
 def test_what_merging_saved_is_in_the_metrics() -> None:
-    assert rl.merging(recorded()) == {"rows_per_rollout": 13 / 5, "tokens_saved": 25}
+    assert lines.merging(recorded()) == {"rows_per_rollout": 13 / 5, "tokens_saved": 25}
 
 
 class StubEnded(StubStream):
@@ -330,7 +352,7 @@ async def test_an_evaluation_that_a_killed_trainer_owed_is_done_before_the_next_
     monkeypatch.setattr(rl, "next_batch", next_batch)
     session = a_session(tmp_path, step=2, version=7)
     session.train = msgspec.structs.replace(session.train, eval=EvalSection(every_steps=2))
-    session.model, session.restore_optimizer = tiny_llama(), lambda optimizer: None
+    session.model, session.restore_optimizer = tiny_llama(), lambda optimizer, parts: None
     with pytest.raises(NextStep):
         await rl.reinforce(session, StubStream(), ["task"], ["held out"])  # pyright: ignore[reportArgumentType]
     assert done == ["evaluated 7"]

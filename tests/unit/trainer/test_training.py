@@ -25,6 +25,8 @@ class Life(SimpleNamespace):
     async def publish(self) -> None:
         self.happened.append("publish")
 
+    async def refuse_other_tokens(self) -> None: ...
+
     def tell(self, line: dict[str, Any]) -> None:
         self.happened.append("tell")
 
