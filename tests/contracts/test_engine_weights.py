@@ -136,18 +136,23 @@ async def test_standing_still_loses_none_of_32_requests(door: Door) -> None:
 
 async def test_an_abort_ends_what_is_under_way_with_what_it_has(door: Door) -> None:
     body = generate_body(prompt_ids(door.weights.tokenizer), max_tokens=400)
-    task = asyncio.create_task(door.post(GENERATE, body))
-    seen, paused, reason = 0, False, None
-    async for event in door.stream(GENERATE, body):
-        for choice in event["choices"]:
-            seen, reason = seen + len(choice["token_ids"]), choice["finish_reason"]
-        if seen >= 5 and not paused:
-            paused = True
-            await door.control.pause("abort")
-    assert (reason, 5 <= seen < 400) == ("abort", True)
-    choice = (await task)["choices"][0]
-    assert (choice["finish_reason"], len(choice["token_ids"]) < 400) == ("abort", True)
-    await door.control.resume()
+    for _ in range(SWAP_TRIES):
+        task = asyncio.create_task(door.post(GENERATE, body))
+        seen, paused, reason = 0, False, None
+        async for event in door.stream(GENERATE, body):
+            for choice in event["choices"]:
+                seen, reason = seen + len(choice["token_ids"]), choice["finish_reason"]
+            if seen >= 5 and not paused:
+                paused = True
+                await door.control.pause("abort")
+        await door.control.resume()
+        choice = (await task)["choices"][0]
+        # Of two requests the other may have come when the engine stood already, or have been done: then once more.
+        if (reason, choice["finish_reason"]) == ("abort", "abort"):
+            assert 5 <= seen < 400
+            assert len(choice["token_ids"]) < 400
+            return
+    pytest.fail(f"in none of {SWAP_TRIES} tries were both under way when the engine was paused")
 
 
 async def test_weight_calls_out_of_order_are_refused_and_change_nothing(door: Door, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def save_policy(
     """Write a directory that `load_policy`, the serving engine and vLLM load, replacing an old one.
 
     weights  to write instead of the model's own, by the names that it loads; a model with an adapter needs them, see
-             `trainer.policy.lora.export_policy`
+             `trainer.policy.lora.export_policy`; one that is kept in shards is put together
 
     Everything is written beside it, made durable, and moved into place, so that a crash leaves the old
     directory, the new one, or (between the two moves) the old one under its backup name.
@@ -131,6 +131,8 @@ def save_policy(
         raise ValueError(
             "this model has an adapter, whose names nobody else loads: export_policy() writes a whole model"
         )
+    if weights is None and any(isinstance(weight, DTensor) for weight in model.parameters()):
+        weights = gathered_weights(model)
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -145,8 +147,9 @@ def save_policy(
 def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight once, by its own name, detached and contiguous, in the model's order.
 
-    Of a model with an adapter the adapter's only: the rest is the base, which nobody changes. A tied tensor appears under the first of its names only. The tensors are the live ones where they already
-    were contiguous: copy before the next step, or send before it.
+    Of a model with an adapter the adapter's only: the rest is the base, which nobody changes. A tied tensor appears
+    under the first of its names only. The tensors are the live ones where they already were contiguous: copy before
+    the next step, or send before it.
     """
     seen: set[int] = set()
     adapted = has_adapter(model)
