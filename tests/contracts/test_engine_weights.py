@@ -31,7 +31,7 @@ from trainer.serving.slots import WeightSlots
 from trainer.serving.weights import WeightFile, served_tensors
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(420)]
-SWAP_TRIES = 10
+TRIES = 40  # to meet a quick engine while it is at something; on a busy machine we are the slower ones
 
 
 async def test_pushed_weights_are_what_answers_under_their_version(door: Door) -> None:
@@ -63,7 +63,7 @@ async def test_a_generation_goes_on_across_a_swap_each_part_under_its_own_weight
     token_ids: list[int] = sum([part["token_ids"] for part in parts], [])
     [(one, start, cut), (two, again, end)] = spans(parts[-1])
     assert (one, two, start, again, end) == (first, second, 0, cut, 400)
-    assert 10 <= cut < 400
+    assert 3 <= cut < 400
     models = [(door.weights.parrot, token_ids[:cut]), (door.weights.other, token_ids[cut:])]
     reference_TV = reference_logprobs_TV(models, prompt, 1.0)
     logprobs = [own for part in parts for own in own_logprobs(part)]
@@ -77,17 +77,17 @@ async def test_a_generation_goes_on_across_a_swap_each_part_under_its_own_weight
 
 async def generated_across_a_swap(door: Door, prompt: list[int]) -> tuple[str, str, list[dict[str, Any]]]:
     """Return two versions and what was generated under both. A quick engine may be done before the push has begun."""
-    for _ in range(SWAP_TRIES):
+    for _ in range(TRIES):
         first, second = await door.push(door.weights.parrot), ""
         body = generate_body(prompt, temperature=1.0, max_tokens=400) | {"cache_salt": first}
         parts: list[dict[str, Any]] = []
         async for event in door.stream(GENERATE, body):
             parts += event["choices"]
-            if len(parts) >= 10 and not second:
+            if len(parts) >= 3 and not second:
                 second = await door.push(door.weights.other)
         if len(spans(parts[-1])) > 1:
             return first, second, parts
-    pytest.fail(f"none of {SWAP_TRIES} generations was still under way when the new weights came")
+    pytest.fail(f"none of {TRIES} generations was still under way when the new weights came")
 
 
 async def test_a_prompt_asked_again_after_a_swap_is_caught_by_its_salt(door: Door) -> None:
@@ -136,23 +136,23 @@ async def test_standing_still_loses_none_of_32_requests(door: Door) -> None:
 
 async def test_an_abort_ends_what_is_under_way_with_what_it_has(door: Door) -> None:
     body = generate_body(prompt_ids(door.weights.tokenizer), max_tokens=400)
-    for _ in range(SWAP_TRIES):
+    for _ in range(TRIES):
         task = asyncio.create_task(door.post(GENERATE, body))
         seen, paused, reason = 0, False, None
         async for event in door.stream(GENERATE, body):
             for choice in event["choices"]:
                 seen, reason = seen + len(choice["token_ids"]), choice["finish_reason"]
-            if seen >= 5 and not paused:
+            if seen and not paused:
                 paused = True
                 await door.control.pause("abort")
         await door.control.resume()
         choice = (await task)["choices"][0]
         # Of two requests the other may have come when the engine stood already, or have been done: then once more.
         if (reason, choice["finish_reason"]) == ("abort", "abort"):
-            assert 5 <= seen < 400
+            assert 0 < seen < 400
             assert len(choice["token_ids"]) < 400
             return
-    pytest.fail(f"in none of {SWAP_TRIES} tries were both under way when the engine was paused")
+    pytest.fail(f"in none of {TRIES} tries were both under way when the engine was paused")
 
 
 async def test_weight_calls_out_of_order_are_refused_and_change_nothing(door: Door, tmp_path: Path) -> None:
