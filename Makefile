@@ -29,7 +29,7 @@ vllm: $(VLLM)/.stamp  ## install vLLM in an environment of its own, .venv-vllm: 
 
 smollm: $(VENV)/.smollm  ## the weights of SmolLM2-135M-Instruct, which examples/gsm8k starts from: 93 MB
 
-test: $(VENV)/.stamp  ## the default tests: three to four minutes, no GPU
+test: $(VENV)/.stamp  ## the default tests: five minutes, no GPU
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.stamp $(VENV)/.smollm $(VLLM)/.stamp  ## the tests that take long or kill processes
