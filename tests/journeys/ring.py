@@ -267,7 +267,7 @@ def stop_trainer_in_a_push(ring: Ring) -> int:
     with httpx.Client(base_url=engine, trust_env=False) as client:  # one connection, because the moments are short
 
         def paused() -> bool:
-            return bool(client.get("/is_paused").json()["is_paused"])
+            return bool(client.get("/is_paused").raise_for_status().json()["is_paused"])
 
         return stop_trainer_when(ring, paused, paused)
 

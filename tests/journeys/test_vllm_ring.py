@@ -104,9 +104,11 @@ def state(ring: Ring, number: int) -> str:
     """Return the weight version that a replica serves, or "" while it does not serve."""
     url = ring.table["gateway"]["upstreams"][number]
     try:
-        if client().get(f"{url}/health").status_code != 200 or client().get(f"{url}/is_paused").json()["is_paused"]:
+        # An engine that is dying may be well at one route and answer 500 at the next.
+        client().get(f"{url}/health").raise_for_status()
+        if client().get(f"{url}/is_paused").raise_for_status().json()["is_paused"]:
             return ""
-        label = str(client().get(f"{url}/weight_info").json()["weight_version"])
+        label = str(client().get(f"{url}/weight_info").raise_for_status().json()["weight_version"])
         return label if label.isdecimal() else ""
     except (httpx.HTTPError, ValueError):
         return ""
