@@ -182,5 +182,6 @@ class Dealer(Channel[list[bytes]]):
     def _why_unreadable(self, key: ConnectKey) -> str:
         return (
             f"the broker at {self._address} hangs up on every handshake of ours. The server's public key "
-            f"that came with the key {key.name!r} is probably another broker's: take a key from this broker's directory."
+            f"that came with the key {key.name!r} is probably another broker's: take a key from this broker's directory. "
+            "Or that broker takes no keys: then connect without one (unset LIGHTNING_BUS_KEY)."
         )

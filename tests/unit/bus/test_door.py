@@ -21,6 +21,7 @@ from lightning_bus.messages import Error
 from lightning_bus.transport import Arrived, ConnectKey, Dealer, Router, bind_router, connect_dealer, producer_name
 from lightning_bus.transport.channel import HANDSHAKE_MS
 from lightning_bus.transport.dealer import Hangups
+from tests.bus_fixtures import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
 LOCAL = "tcp://127.0.0.1:*"
@@ -42,26 +43,26 @@ def key_of(directory: Path, name: str = "good") -> ClientKey:
 
 async def until_sent(dealer: Dealer, frames: list[bytes]) -> None:
     """Send as soon as there is a connection. Raises what the dealer raises."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while not dealer.send(frames):
             await anyio.lowlevel.checkpoint()
 
 
 async def until_counted(router: Router, *reasons: str) -> None:
     """Return when one of them was counted: a failed handshake is reported by another thread."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         while not any(router.refused[reason] for reason in reasons):
             await anyio.lowlevel.checkpoint()
 
 
 async def first(router: Router) -> Arrived:
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         return (await router.receive())[0]
 
 
 async def refusal(dealer: Dealer) -> str:
     """Return the message of the ERROR that comes back."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         body = wire.decode((await dealer.receive())[0]).body
     assert isinstance(body, Error)
     assert body.code == "AccessDenied"
@@ -160,7 +161,7 @@ async def test_a_client_with_a_key_is_told_that_the_broker_takes_none(tmp_path: 
     with (
         router,
         connect_dealer(address, "good/x", key_of(tmp_path)) as dealer,
-        pytest.raises(AccessDenied, match="takes no keys, and this client came with 'good'"),
+        pytest.raises(AccessDenied, match="takes no keys.*unset LIGHTNING_BUS_KEY"),  # it may hang up before it is read
     ):
         await until_sent(dealer, [b"secret"])
 
@@ -235,7 +236,7 @@ async def test_a_key_cannot_collect_the_answers_of_another(tmp_path: Path) -> No
             await until_sent(thief, [b"mine"])
             await nothing_but(router, address, tmp_path)
             assert router.send([b"good/x", b"token"])
-            with anyio.fail_after(20):
+            with anyio.fail_after(PATIENCE_S):
                 assert await owner.receive() == [[b"token"]]
             assert await refusal(thief)
 
@@ -249,7 +250,7 @@ async def test_a_client_that_comes_back_gets_its_answers(tmp_path: Path) -> None
                 await until_sent(new, [b"new"])
                 await first(router)
                 assert router.send([b"good/x", b"answer"])
-                with anyio.fail_after(20):
+                with anyio.fail_after(PATIENCE_S):
                     assert await new.receive() == [[b"answer"]]
 
 
@@ -293,7 +294,7 @@ class Tap:
         sink.shutdown(socket.SHUT_WR)
 
     def join(self) -> None:
-        self._thread.join(20)
+        self._thread.join(PATIENCE_S)
 
 
 async def test_captured_bytes_say_nothing_and_do_nothing_when_replayed(tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ async def test_captured_bytes_say_nothing_and_do_nothing_when_replayed(tmp_path:
         assert b"good/x" not in tap.heard
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as replay:
             replay.sendall(tap.heard)
-            replay.settimeout(20)
+            replay.settimeout(PATIENCE_S)
             while replay.recv(65536):  # until the broker hangs up
                 pass
         await nothing_but(router, address, tmp_path)
@@ -323,7 +324,7 @@ async def test_two_thousand_half_open_connections_keep_nobody_out(tmp_path: Path
         half_open = [socket.create_connection(("127.0.0.1", port)) for _ in range(2000)]
         try:
             await nothing_but(router, address, tmp_path)
-            half_open[0].settimeout(20)
+            half_open[0].settimeout(PATIENCE_S)
             while half_open[0].recv(64):  # the broker's greeting; then it gives up on us
                 pass
         finally:
@@ -370,7 +371,7 @@ async def test_without_its_doorkeeper_a_broker_lets_nobody_in(tmp_path: Path) ->
         router._doorkeeper = None  # pyright: ignore[reportPrivateUsage]
         with connect_dealer(address, "good/x", key_of(tmp_path)) as dealer:
             monitor = dealer._monitor  # pyright: ignore[reportPrivateUsage]
-            assert await anyio.to_thread.run_sync(monitor.poll, 20_000)  # the handshake ended
+            assert await anyio.to_thread.run_sync(monitor.poll, PATIENCE_S * 1e3)  # the handshake ended
             assert dealer.send([b"evil"]) is False
 
 
