@@ -111,12 +111,11 @@ class Calls:
 
     async def _ask(self, call: Call, dialect: Dialect, *, stream: bool = False) -> Answer:
         """Ask an engine in one step. What a pause cut off is asked for again, as long as nobody has seen any of it."""
-        salted = not call.request.get("cache_salt")
         model = str(call.request.get("model") or "")
         cut_off = 0
         while True:
             answer = await self._upstreams.call(
-                call.rollout_id, "POST", dialect.target, call.request_json, model=model, stream=stream, salted=salted
+                call.rollout_id, "POST", dialect.target, call.request_json, model=model, stream=stream, salted=True
             )
             self._meters.asked_again.inc(answer.asked - 1)
             choices = () if stream else dicts((object_of(answer.body) or {}).get("choices"))

@@ -79,6 +79,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
+    "min_tokens": (0,),
+    # What allows some tokens only, at some places: the mass of the others is shared out among them.
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "structured_outputs": ({},),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),  # vLLM spells a tool that must be called by a grammar
 }
 
 

@@ -92,9 +92,8 @@ class TokenRoute:
             ids = [*prompt.ids, *done] if done else prompt.ids
             body = r.generate_body(prompt.rendered, ids, asked=call.request, done=len(done), text=text)
             answer = await self._post(
-                call, prompt.engine, r.GENERATE, body, stream=bool(call.request["stream"]),
-                salted=not call.request.get("cache_salt"),
-            )  # fmt: skip
+                call, prompt.engine, r.GENERATE, body, stream=bool(call.request["stream"]), salted=True
+            )
             prompt.engine = answer.engine
             longer = len(prompt.ids) > len(prompt.rendered_ids)
             if answer.status != 400 or prompt.source != CONTINUED or not longer or done:

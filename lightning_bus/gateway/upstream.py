@@ -20,6 +20,7 @@ import logging
 from collections.abc import Sequence
 
 import anyio
+import msgspec
 
 from lightning_bus.clock import monotonic_s
 from lightning_bus.errors import BrokenError, BusyError, ConfigError
@@ -61,7 +62,7 @@ class Upstreams:
         key     the rollout; calls with one key go to one engine, those with none to the least busy
         target  path below the engine's URL, such as "/v1/chat/completions"
         model   only engines that serve it are asked; all of them where none is known to
-        salted  add the weights' version as cache_salt to the body, a JSON object
+        salted  add the weights' version to the cache_salt of the body, a JSON object
         engine  to be asked before any other, if it is well
 
         Raises BusyError when no engine took the call within admission_wait_s, and BrokenError when one took it and
@@ -188,6 +189,11 @@ class Upstreams:
 
 def _salted(body: bytes, version: str) -> bytes:
     """Keys and values cached under other weights must not be used: vLLM shares its prefix cache by salt."""
+    if b'"cache_salt"' in body:  # perhaps the agent's own, to share with nobody else: then both count
+        asked = object_of(body) or {}
+        if "cache_salt" in asked:
+            own = asked["cache_salt"]
+            return msgspec.json.encode({**asked, "cache_salt": f"{version} {own}" if own else version})
     return b'%s,"cache_salt":"%s"}' % (body[:-1], version.encode())
 
 

@@ -149,3 +149,22 @@ def test_every_attempt_has_a_trace_of_its_own() -> None:
     assert len({root_of_attempt(*name) for name in names}) == len(names)
     assert [len(part) for part in root_of_attempt("r-1", 1)] == [16, 8]
     assert root_of_attempt("r-1", 1) == root_of_attempt("r-1", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral", "skewing"),
+    [
+        ("top_p", 1, 0.9), ("top_k", -1, 20), ("min_p", 0.0, 0.1), ("logit_bias", {}, {"3": -1}),
+        ("presence_penalty", 0, 0.5), ("frequency_penalty", 0, 0.5), ("repetition_penalty", 1, 1.1),
+        ("min_tokens", 0, 5), ("bad_words", [], ["no"]), ("allowed_token_ids", None, [3]),
+        ("structured_outputs", None, {"choice": ["yes", "no"]}),
+        ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("tool_choice", "auto", "required"), ("tool_choice", "none", {"type": "function", "function": {"name": "f"}}),
+    ],
+)  # fmt: skip
+def test_what_samples_from_another_distribution_than_the_trainers_is_named(
+    name: str, neutral: object, skewing: object
+) -> None:
+    """Each of them takes mass from some tokens for others, which the trainer's log-probs know nothing of."""
+    assert skewing_parameters({name: neutral, "temperature": 0.5}) == []
+    assert skewing_parameters({name: skewing, "temperature": 0.5}) == [name]
