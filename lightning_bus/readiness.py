@@ -26,9 +26,10 @@ async def is_ready(engine: str) -> bool:
             info = await http.get(f"{engine}/weight_info")
             if info.status_code == 404:  # other servers of the OpenAI API know nothing of weights that change
                 return True
+            info.raise_for_status()
             label = str(info.json()["weight_version"])
             return label.isdecimal() or label == BEHIND
-    except (httpx.HTTPError, ValueError, KeyError):
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):  # it is gone, or it is no engine
         return False
 
 

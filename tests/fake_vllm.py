@@ -4,7 +4,7 @@
 vLLM; asked to run the API server, it answers on --port. Like vLLM it has a child that would live on by itself. What was
 asked of it, and the ids of its processes, stand in `<directory>/<port>.jsonl`; POST /mood changes how it answers:
 
-    {"health": 503}   {"label": "unfit"}   {"silent": true}   {"exit": 3}
+    {"health": 503}   {"label": "unfit"}   {"silent": true}   {"says": TEXT}   {"exit": 3}
 
 and a file `<directory>/start.json` with {"exit": CODE, "say": TEXT} or {"wait_s": SECONDS} how it starts.
 """
@@ -38,7 +38,8 @@ def install(directory: Path, *, version: str = VERSION) -> Path:
 def asked(directory: Path, port: int) -> list[dict[str, Any]]:
     """Return what was asked of the fakes on this port, oldest first, starts included."""
     path = directory / f"{port}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # one may be half written
 
 
 def processes(directory: Path, port: int) -> list[int]:
@@ -141,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def _answer(self, body: dict[str, Any] | None, status: int = 200) -> None:
-        content = json.dumps(body or {}).encode()
+        content = str(self.server.mood.get("says", json.dumps(body or {}))).encode("latin-1")
         self.send_response(status if body is not None else 404)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

@@ -1,6 +1,6 @@
 """metrics.jsonl: one line a thing that happened, for people, plots and the live display.
 
-The table of all names with units and meanings is docs/training.md's. Every line has `phase` (teacher, sft, rl, eval), `step`, `version` and `wall_s` (since the run began). Further keys are
+The table of all names with units and meanings is docs/metrics.md's. Every line has `phase` (teacher, sft, rl, eval), `step`, `version` and `wall_s` (since the run began). Further keys are
 named like what they measure, units last: `reward_mean`, `held_out_success`, `staleness_mean`, `kl_k2`, `lr`, `step_s`, …
 The file is only ever appended to, a whole line at a time; a line that a crash cut short is dropped on resume.
 """
@@ -8,6 +8,7 @@ The file is only ever appended to, a whole line at a time; a line that a crash c
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ class MetricsFile:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            whole = path.read_bytes()
-            path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+            # Cut, not written anew: a full disk, or a kill in between, would cost all that was said before.
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._said = {_identity(line) for line in self.lines()}
 
     def write(self, line: dict[str, Any]) -> bool:

@@ -114,11 +114,13 @@ class Session:
             name = f"lightning-bus-{_name_of(self.directory)}"
             transfer = build_transfer(serve, self.directory, name, limit_s=self.train.push_limit_s)
         self.engines = [RemoteEngine(http, url, limit_s=self.train.push_limit_s) for url in engine_urls]
+        # Not shorter than an engine that is started again may take.
+        restart_limit_s = serve.start_limit_s if serve.engine == "vllm" else ENGINE_LIMIT_S
         self.fleet = Fleet(
             self.engines,
             transfer,
             mode=self.train.push_mode,
-            limit_s=self.train.push_limit_s + ENGINE_LIMIT_S,
+            limit_s=self.train.push_limit_s + restart_limit_s,
         )
 
     def resume(self) -> None:

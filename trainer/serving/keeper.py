@@ -1,8 +1,8 @@
 """Keeps one vLLM replica alive, and out of the way until it serves the current weights.
 
-    start ──► answers /health ──► brought current, labelled ──► watched ──┐
-      ▲                                                                    │ gone, sick, silent, or marked unfit
-      └──────────────── ended with all its processes, a pause ◄────────────┘
+    start ──► answers /health ──► has generated ──► brought current, labelled ──► watched ──┐
+      ▲                                                                                      │ gone, sick, silent,
+      └──────────────────────── ended with all its processes, a pause ◄──────────────────────┘ or marked unfit
 
 What always holds. A replica becomes ready, which its label's being a number says to everybody, only once it holds the
 newest published weights: until then the keeper alone pushes to it, and from then on the trainer alone. Whatever ends,
@@ -55,7 +55,7 @@ class ReplicaGivenUp(StopProcess):
 class Limits:
     """How long a keeper waits for what.
 
-    start_s    from the start until /health answers, and again until the weights are current
+    start_s    from the start until /health answers, then for the first request, and again until the weights are current
     silent_s   for an answer of a replica that was ready
     paused_s   until a pause is taken for one that nobody will end
     probe_s    between two looks
@@ -197,6 +197,8 @@ class Keeper:
         began_s = monotonic_s()
         if not await self._wait_healthy():
             return f"did not answer /health within {self._limits.start_s:g} s ([serve] start_limit_s)"
+        if trouble := await self._first_request():
+            return trouble
         answered_s = monotonic_s() - began_s
         trouble = "no answer"
         told_s = 0.0
@@ -222,6 +224,22 @@ class Keeper:
                 await anyio.sleep(self._limits.probe_s)
         return f"could not be brought to the current weights within {self._limits.start_s:g} s: {trouble}"
 
+    async def _first_request(self) -> str:
+        """Have the replica generate two tokens; return "" once it has answered, or why it did not.
+
+        vLLM may compile when it is first asked, for minutes on a busy machine, and answers nothing else meanwhile. One
+        that is watched would be called silent for it and started again, to compile again.
+        """
+        body = {"token_ids": [1], "sampling_params": {"max_tokens": 2, "logprobs": 0, "seed": 1}}
+        url = f"{self.url}/inference/v1/generate"
+        try:
+            response = await self._http.post(url, json=body, timeout=self._limits.start_s)
+        except httpx.HTTPError as exc:
+            return f"did not answer its first request: {type(exc).__name__} {exc} (limit {self._limits.start_s:g} s)"
+        if response.status_code != 200:  # not for us to judge: what it cannot do will show
+            log.warning("%s answered its first request with %d: %.400s", self.name, response.status_code, response.text)
+        return ""
+
     async def _wait_healthy(self) -> bool:
         began_s = told_s = monotonic_s()
         with anyio.move_on_after(self._limits.start_s):
@@ -237,22 +255,25 @@ class Keeper:
 
     async def _watch(self) -> str:
         """Return why a replica that was ready must be started again."""
-        heard_s = monotonic_s()
+        silent_s = 0.0
+        turn_max_s = self._limits.probe_s + 3 * min(LOOK_S, self._limits.silent_s)
         paused_since_s: float | None = None
         while True:
+            began_s = monotonic_s()
             await anyio.sleep(self._limits.probe_s)
             try:
                 status = (await self._ask("GET", "/health")).status_code
                 label = str((await self._ask("GET", "/weight_info")).json()["weight_version"])
                 paused = bool((await self._ask("GET", "/is_paused")).json()["is_paused"])
-            except (httpx.HTTPError, ValueError, KeyError) as exc:
+            except (httpx.HTTPError, ValueError, LookupError, TypeError) as exc:
                 # One whose engine died closes its door and then waits for calls that nobody will answer.
                 shut = isinstance(exc, httpx.ConnectError)
-                silent_s = monotonic_s() - heard_s
+                # Longer than its questions may take we were not listening but stood still ourselves.
+                silent_s += min(monotonic_s() - began_s, turn_max_s)
                 if silent_s > (min(SHUT_S, self._limits.silent_s) if shut else self._limits.silent_s):
                     return f"gave no answer for {silent_s:.0f} s ({type(exc).__name__} {exc})"
                 continue
-            heard_s = monotonic_s()
+            silent_s, heard_s = 0.0, monotonic_s()
             if status != 200:
                 return f"answers {status} at /health"
             if label == UNFIT:

@@ -1,7 +1,7 @@
 """One engine's control routes, as vLLM and the embedded engine have them, and what each failure means.
 
-What always holds: every call ends within the limit; an answer that is an error raises EngineAnsweredError with the
-engine's own words, no answer at all raises EngineSilentError.
+What always holds: every call ends within the limit; an answer that is an error, or that no engine would give, raises
+EngineAnsweredError with its own words, no answer at all raises EngineSilentError.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RemoteEngine:
 
     async def label(self) -> str:
         """What the engine calls its weights: a version's number, "default", "behind", "unfit"."""
-        return str((await self._call("GET", "/weight_info")).json()["weight_version"])
+        return str(await self._read("GET", "/weight_info", "weight_version"))
 
     async def ready(self) -> bool:
         """Whether the engine is healthy and serves a published version, so that it may be called."""
@@ -61,11 +61,16 @@ class RemoteEngine:
 
     async def checksums(self) -> dict[str, str]:
         """SHA-256 of each tensor that the engine holds, by the engine's own names."""
-        return (await self._call("POST", "/weight_checker", {"action": "checksum"})).json()["checksums"]
+        return await self._read("POST", "/weight_checker", "checksums", body={"action": "checksum"})
+
+    async def adapters(self) -> list[str]:
+        """The names of the LoRA adapters that answer beside the base; empty where none do."""
+        models = await self._read("GET", "/v1/models", "data")
+        return sorted(model["id"] for model in models if model.get("parent"))
 
     async def world_size(self) -> int:
         """How many processes hold a part or a copy of the model: tensor × pipeline × data parallel."""
-        return int((await self._call("GET", "/get_world_size?include_dp=true")).json()["world_size"])
+        return int(await self._read("GET", "/get_world_size?include_dp=true", "world_size"))
 
     # --- standing still ---
 
@@ -77,7 +82,7 @@ class RemoteEngine:
         await self._call("POST", "/resume")
 
     async def is_paused(self) -> bool:
-        return bool((await self._call("GET", "/is_paused")).json()["is_paused"])
+        return bool(await self._read("GET", "/is_paused", "is_paused"))
 
     # --- new weights ---
 
@@ -104,22 +109,37 @@ class RemoteEngine:
 
     # --- generation, to prove that weights arrived as they were sent ---
 
-    async def sample(self, token_ids: list[int], tokens: int, salt: str) -> list[tuple[int, float]]:
-        """Ids and log-probs of the greedy continuation of a prompt."""
+    async def sample(self, token_ids: list[int], tokens: int, salt: str, model: str = "") -> list[tuple[int, float]]:
+        """Ids and log-probs of the greedy continuation of a prompt, by the base or by the adapter of this name."""
         body = {
+            **({"model": model} if model else {}),
             "token_ids": token_ids,
             "cache_salt": salt,  # what other weights left in the prefix cache must not answer
             "sampling_params": {"temperature": 0.0, "max_tokens": tokens, "logprobs": 0, "ignore_eos": True},
         }
-        choice = (await self._call("POST", "/inference/v1/generate", body)).json()["choices"][0]
-        return [(entry["token_id"], entry["logprob"]) for entry in choice["logprobs"]["content"]]
+        path = ("choices", 0, "logprobs", "content")
+        entries = await self._read("POST", "/inference/v1/generate", *path, body=body)
+        return [(entry["token_id"], entry["logprob"]) for entry in entries]
 
     # --- text ---
 
     async def tokenize(self, model: str, text: str) -> list[int]:
         """The ids of a text by itself, without a template and without special tokens before or after it."""
         body = {"model": model, "prompt": text, "add_special_tokens": False}
-        return [int(token_id) for token_id in (await self._call("POST", "/tokenize", body)).json()["tokens"]]
+        return [int(token_id) for token_id in await self._read("POST", "/tokenize", "tokens", body=body)]
+
+    async def _read(self, method: str, route: str, *path: str | int, body: dict[str, Any] | None = None) -> Any:
+        """What the answer holds at this path."""
+        response = await self._call(method, route, body)
+        try:
+            found = response.json()
+            for key in path:
+                found = found[key]
+        except (ValueError, LookupError, TypeError) as exc:
+            raise EngineAnsweredError(
+                f"{self.url}{route} answered what no engine does: {response.text[:400]!r}", status=response.status_code
+            ) from exc
+        return found
 
     async def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:

@@ -25,11 +25,11 @@ UPSTREAMS = [f"http://127.0.0.1:{port}" for port in range(9000, 9005)]
         (503, {"weight_version": "12"}, False),
         (200, None, True),  # a server that knows nothing of weights that change
         (200, {"strange": 1}, False),
+        (200, ["12"], False),
+        (200, "12", False),
     ],
 )
-async def test_an_engine_is_ready_once_its_weights_have_a_number(
-    health: int, info: dict[str, object] | None, ready: bool
-) -> None:
+async def test_an_engine_is_ready_once_its_weights_have_a_number(health: int, info: object, ready: bool) -> None:
     async def say_health(_: Request) -> Response:
         return Response(status_code=health)
 

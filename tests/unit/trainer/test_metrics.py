@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_said_again(tmp_path: Path) -
     assert list(metrics.lines()) == [line(1)]
     metrics.write(line(2))
     assert list(MetricsFile(path).lines()) == [line(1), line(2)]
+
+
+def test_a_disk_that_is_full_when_the_run_goes_on_costs_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path).write(line(1))
+    with path.open("a") as file:
+        file.write('{"phase": "rl", "step": 2, "vers')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert list(MetricsFile(path).lines()) == [line(1)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_resumed_run_does_not_say_a_thing_twice(tmp_path: Path) -> None:

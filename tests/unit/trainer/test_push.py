@@ -19,7 +19,7 @@ from tests.unit.trainer.test_serving_weights import DAMAGES, Damage
 from trainer.serving.adapters import AdapterTransfer, push_adapter, push_adapters
 from trainer.serving.app import build_app
 from trainer.serving.engine import Engine
-from trainer.serving.errors import EngineSilentError, WeightsRefusedError, WeightUpdateError
+from trainer.serving.errors import EngineAnsweredError, EngineSilentError, WeightsRefusedError, WeightUpdateError
 from trainer.serving.push import FileOffer, FileTransfer, PushTimes, Target, push
 from trainer.serving.remote import RemoteEngine
 from trainer.serving.sampling import SamplingParams
@@ -246,6 +246,20 @@ async def test_an_adapter_is_loaded_while_generation_stands_still(tmp_path: Path
         with pytest.raises(WeightUpdateError, match="load_lora_adapter answered 404"):
             await push_adapter(engine_of(client, stub), "policy", tmp_path, "6")
     assert (stub.label, stub.paused) == ("5", False)
+
+
+@pytest.mark.parametrize("body", ["", "[]", "{}", '"no"', "<html>"])
+async def test_an_answer_that_no_engine_gives_is_an_engines_failure(body: str) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=body))
+    async with httpx.AsyncClient(transport=transport) as client:
+        engine = RemoteEngine(client, "http://engine")
+        for ask in (engine.label, engine.checksums, engine.world_size, engine.is_paused, engine.adapters):
+            with pytest.raises(EngineAnsweredError, match="answered what no engine does"):
+                await ask()
+        for say in (engine.sample([1], 1, salt=""), engine.tokenize("policy", "one")):
+            with pytest.raises(EngineAnsweredError, match="answered what no engine does"):
+                await say
+        assert "answered what no engine does" in await engine.why_not_ours()
 
 
 async def test_an_engine_that_is_away_is_named_with_the_limit() -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +14,18 @@ import anyio
 import httpx
 import pytest
 
-from lightning_bus import BrokenError
+from lightning_bus import BrokenError, monotonic_s
 from tests import fake_vllm
 from tests.journeys.ring import free_ports
 from trainer.config import ServeSection
+from trainer.serving import keeper as keeping
 from trainer.serving.errors import WeightUpdateError
 from trainer.serving.keeper import STILLBORN_MAX, Keeper, Limits, ReplicaGivenUp
 from trainer.serving.vllm import find_vllm, vllm_launch
 
 pytestmark = pytest.mark.anyio
 
-LIMITS = Limits(start_s=20.0, silent_s=20.0, paused_s=20.0, probe_s=0.01, pause_s=0.01, pause_max_s=0.05)
+LIMITS = Limits(start_s=60.0, silent_s=60.0, paused_s=60.0, probe_s=0.01, pause_s=0.01, pause_max_s=0.05)
 
 
 class Replica:
@@ -55,10 +56,11 @@ class Replica:
         (await self.http.post(self.launch.url + route, json=body)).raise_for_status()
 
     async def mood(self, **mood: object) -> None:
-        try:
-            await self.post("/mood", mood)
-        except httpx.HTTPError:
-            assert "exit" in mood
+        """Have it behave like this from now on. It may be ended for that before it has answered, or be starting."""
+        before = self.asked("/mood")
+        while self.asked("/mood") == before:
+            with suppress(httpx.HTTPError):
+                await self.post("/mood", mood)
 
     async def weight_info(self) -> str:
         return (await self.http.get(f"{self.launch.url}/weight_info")).json()["weight_version"]
@@ -75,7 +77,7 @@ class Replica:
 
 @pytest.fixture
 async def replica(tmp_path: Path) -> AsyncGenerator[Replica]:
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, timeout=60.0) as http:
         yield Replica(tmp_path, http)
 
 
@@ -115,6 +117,13 @@ async def test_a_replica_is_not_ready_before_it_is_current(replica: Replica) -> 
         assert replica.ready == [keeper.url]
 
 
+async def test_a_replica_has_generated_before_anybody_may_take_its_compiling_for_silence(replica: Replica) -> None:
+    async with kept(replica.keeper()) as keeper:
+        await until(lambda: keeper.ready)
+    routes = [line["route"] for line in fake_vllm.asked(replica.directory, replica.port) if "route" in line]
+    assert routes[:2] == ["/inference/v1/generate", "/update_weight_version"]
+
+
 @pytest.mark.parametrize(
     ("mood", "said"),
     [
@@ -147,10 +156,42 @@ async def test_a_replica_whose_process_is_killed_comes_back_without_what_it_left
 
 
 async def test_a_replica_that_says_nothing_any_more_is_started_again(replica: Replica) -> None:
-    async with kept(replica.keeper(limits=replace(LIMITS, silent_s=0.3))):
-        await until(lambda: len(replica.ready) == 1)
+    async with kept(replica.keeper(limits=replace(LIMITS, silent_s=0.5))):
+        await until(lambda: replica.ready)
+        starts, ready = replica.starts(), len(replica.ready)
         await replica.mood(silent=True)
-        await until(lambda: len(replica.ready) == 2)
+        await until(lambda: replica.starts() > starts and len(replica.ready) > ready)
+
+
+async def test_a_keeper_that_stood_still_itself_does_not_call_its_replica_silent(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stood_s, asked, first = 0.0, 0, 1_000_000
+    monkeypatch.setattr(keeping, "monotonic_s", lambda: monotonic_s() + stood_s)
+
+    class Http(httpx.AsyncClient):
+        async def request(self, *args: object, **options: object) -> httpx.Response:
+            nonlocal stood_s, asked
+            asked += 1
+            if asked == first + 5:  # an answer that came while nobody could read it is late by the clock
+                stood_s += 1000.0
+                raise httpx.ReadTimeout("stopped for a quarter of an hour")
+            return await super().request(*args, **options)  # pyright: ignore[reportArgumentType]
+
+    async with Http(trust_env=False, timeout=60.0) as replica.http, kept(replica.keeper()) as keeper:
+        await until(lambda: keeper.ready)
+        first = asked
+        await until(lambda: asked > first + 20)
+        assert (stood_s, replica.starts(), keeper.ready) == (1000.0, 1, True)
+
+
+@pytest.mark.parametrize("body", ["", "[]", "{}"])
+async def test_a_replica_whose_answers_make_no_sense_is_silent(replica: Replica, body: str) -> None:
+    async with kept(replica.keeper(limits=replace(LIMITS, silent_s=0.5))):
+        await until(lambda: replica.ready)
+        starts, ready = replica.starts(), len(replica.ready)
+        await replica.mood(says=body)
+        await until(lambda: replica.starts() > starts and len(replica.ready) > ready)
 
 
 async def test_a_pause_that_a_dead_trainer_left_ends_and_the_replica_lives_on(replica: Replica) -> None:
@@ -229,6 +270,7 @@ async def test_no_process_is_left_when_the_keeper_is_cancelled(replica: Replica)
 
 
 @pytest.mark.crash
+@pytest.mark.timeout(600)
 async def test_no_process_outlives_a_serve_that_is_killed(replica: Replica) -> None:
     command = [
         sys.executable,
@@ -239,7 +281,7 @@ async def test_no_process_outlives_a_serve_that_is_killed(replica: Replica) -> N
         "--run",
         str(run_toml(replica)),
     ]
-    with anyio.fail_after(60):
+    with anyio.fail_after(500):
         serve = await anyio.open_process(command, stdout=None, stderr=None)
         await until(lambda: replica.asked("/update_weight_version"))
         pids = replica.pids()
