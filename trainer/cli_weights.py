@@ -228,6 +228,10 @@ def export(
     version: NumberArgument,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; it must be empty or new.")],
     run: ThisRun,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Of a run that trains one: the LoRA adapter alone, as peft and vLLM load it."),
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Write a version as a Hugging Face model directory, tokenizer included.
@@ -235,9 +239,17 @@ def export(
     Example: lightning-bus weights export 12 /models/calc-12 --run runs/calc-seed0
     """
     file = load_run(run)
-    from trainer.rollback import export as export_version
+    from trainer import rollback
 
-    export_version(file, _published(file, None).get(version), directory)
+    found = _published(file, None).get(version)
+    if adapter:
+        rollback.export_adapter(file, found, directory)
+        _tell(
+            json_, f"wrote the adapter of version {version} to {directory}; its base is {file.directory / 'policy'}",
+            version=version, directory=str(directory),
+        )  # fmt: skip
+        return
+    rollback.export(file, found, directory)
     _tell(
         json_, f"wrote version {version} to {directory}; try it: lightning-bus serve {directory}",
         version=version, directory=str(directory),

@@ -22,8 +22,9 @@ import torch
 
 from lightning_bus import BrokenError, CallError, Client, Conflict, RunFile, WeightVersion
 from trainer.optimize import checkpoint
+from trainer.policy.lora import write_adapter
 from trainer.policy.model import load_policy, load_tokenizer, named_weights, save_policy
-from trainer.registry import Registry, check_is, file_of, with_base
+from trainer.registry import Registry, adapter_of, check_is, file_of, with_base
 from trainer.session import Progress, Session, storing
 
 
@@ -94,7 +95,7 @@ async def publish(run: RunFile, bus_address: str, engine_urls: Sequence[str], li
             bus = await stack.enter_async_context(Client(bus_address, role="trainer", limit_s=limit_s))
         except BrokenError:
             return Published(reason=f"no broker answers at {bus_address}")
-        http = await stack.enter_async_context(httpx.AsyncClient())
+        http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
         session = Session(run, bus, http, engine_urls)
         stack.callback(session.close)
         session.resume()
@@ -114,8 +115,7 @@ def export(run: RunFile, version: WeightVersion, target: Path) -> None:
     Raises Conflict when the directory exists and is not empty, NotFound when the version's file is gone, CallError when
     it is damaged.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Conflict(f"{target} exists and is not empty. Name a new directory.")
+    _refuse_taken(target)
     policy = run.directory / "policy"
     weights = with_base(_stored(version, run.directory).weights, file_of(version, run.directory))
     model = load_policy(policy)
@@ -129,6 +129,26 @@ def export(run: RunFile, version: WeightVersion, target: Path) -> None:
             live[name].copy_(tensor)
     with storing(target):
         save_policy(model, load_tokenizer(policy), target)
+
+
+def export_adapter(run: RunFile, version: WeightVersion, target: Path) -> None:
+    """Write a version's adapter alone, as peft and vLLM load it onto the run's first policy.
+
+    Raises as `export`, and CallError for a version that was trained without one.
+    """
+    _refuse_taken(target)
+    try:
+        config, weights = adapter_of(version, run.directory)
+    except (ValueError, OSError) as exc:
+        raise CallError(f"version {version.version} cannot be written as an adapter: {exc}") from exc
+    base = (run.directory / "policy").resolve()
+    with storing(target):
+        write_adapter(target, {**config, "base_model_name_or_path": str(base)}, weights)
+
+
+def _refuse_taken(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Conflict(f"{target} exists and is not empty. Name a new directory.")
 
 
 def _stored(version: WeightVersion, directory: Path) -> checkpoint.Stored:

@@ -5,13 +5,15 @@ On several ranks, once:  torchrun --nproc-per-node 2 -m tests.journeys.recorded_
 What learns is real: the stream of groups, batches, the loop, steps, checkpoints, metrics. What is not there are broker
 and engines: the log was recorded before, so nothing is submitted, published or pushed. For each line on stdin a child is
 forked, which resumes and trains on, and its process id is printed; then, once it is gone, its exit status. Forking
-spares each life the seconds of importing torch.
+spares each life the seconds of importing torch. A line such as "before 7" has the child killed before it writes
+checkpoint 7: see `die_at`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import AsyncGenerator
@@ -23,17 +25,16 @@ import anyio.lowlevel
 import msgspec
 import torch
 
-from lightning_bus import CreditSection, Record, RunFile, load_run
+from lightning_bus import Record, RunFile, load_run
 from lightning_bus.adapters import Cursor
 from lightning_bus.log.reader import LogReader
-from trainer.algorithms.chosen import algorithm_of
 from trainer.algorithms.rl import reinforce
 from trainer.config import TrainSection
 from trainer.data.stream import RolloutStream
 from trainer.optimize import checkpoint
 from trainer.ranks import join
 from trainer.session import Session
-from trainer.training import dismiss, follow
+from trainer.training import dismiss, follow, settled
 
 torch.set_num_threads(1)
 
@@ -74,8 +75,9 @@ class RecordedSession(Session):
 async def live(run: RunFile) -> None:
     """Go on from the newest checkpoint to the end of the run, as `trainer.training` does."""
     config, world = run.section(TrainSection), join("cpu")
+    algorithm = settled(run)
     if not world.leads:
-        follow(world, run, algorithm_of(config.rl, run.section(CreditSection)))
+        follow(world, run, algorithm)
         return
     with checkpoint.writing(run.directory / "checkpoints"):
         session = RecordedSession(run, RecordedBus(run.directory), None, [], world)  # pyright: ignore[reportArgumentType]
@@ -89,17 +91,20 @@ async def live(run: RunFile) -> None:
         async with anyio.create_task_group() as background:
             background.start_soon(stream.run)
             session.progress.phase = "rl"
-            await reinforce(session, stream, [], [])
+            await reinforce(session, stream, [], [], algorithm)
             dismiss(session.model)
             background.cancel_scope.cancel()
 
 
 def main(directory: Path) -> None:
     run = load_run(directory)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         child = os.fork()
         if child == 0:
             try:
+                if line.strip() != "live":
+                    moment, number = line.split()
+                    die_at(moment, int(number))
                 anyio.run(live, run)
             except BaseException:
                 traceback.print_exc()
@@ -107,6 +112,32 @@ def main(directory: Path) -> None:
             os._exit(0)
         say(child)
         say(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def die_at(moment: str, number: int) -> None:
+    """Have this process killed by SIGKILL when checkpoint `number` is due.
+
+    moment  "before" it is written, "torn": half of it is, "inside": all of it is and it has not its name yet, or "after"
+            it is durable
+    """
+    save, rename = checkpoint.save, os.replace
+
+    def dying_save(directory: Path, step: int, *args: Any, **kwargs: Any) -> Path:
+        if (moment, number) == ("before", step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        path = save(directory, step, *args, **kwargs)
+        if (moment, number) == ("after", step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return path
+
+    def dying_rename(source: Path, target: Path) -> None:
+        if moment in ("torn", "inside") and Path(target).name == checkpoint.path_of(Path(), number).name:
+            if moment == "torn":
+                os.truncate(source, os.stat(source).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    checkpoint.save, os.replace = dying_save, dying_rename
 
 
 def say(what: Any) -> None:

@@ -1,7 +1,8 @@
 """SIGKILL for a trainer at twenty moments, and two ranks: the same as the run of one process that nobody disturbed.
 
-Half of the moments are random, half lie inside the writing of a checkpoint. The log is recorded beforehand, so whatever
-differs was caused by the kill.
+Half of the moments are random, half lie inside the writing of a checkpoint, which then is torn or without its name.
+PPO, whose critic has weights, an optimiser and a warm-up of its own, is killed at moments that are named. The log is
+recorded beforehand, so whatever differs was caused by the kill.
 """
 
 from __future__ import annotations
@@ -59,7 +60,20 @@ lr = 3e-3
 warmup_updates = 5
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(240)]
+PPO_STEPS, WARM_UP, CRITIC_EPOCHS, MINIBATCHES = 14, 4, 2, 2
+PPO_TOML = f"""{RUN_TOML.replace(f"steps_max = {STEPS}", f"steps_max = {PPO_STEPS}")}
+algorithm = "ppo"
+
+[train.rl.options]
+critic_lr = 3e-3
+critic_warmup_steps = {WARM_UP}
+critic_epochs = {CRITIC_EPOCHS}
+minibatches = {MINIBATCHES}
+"""
+# When and at which checkpoint: within the critic's warm-up, at its end, and when both learn.
+MOMENTS = [("inside", 2), ("after", WARM_UP), ("before", WARM_UP + 1), ("inside", 9), ("before", 12)]
+
+pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(1800)]
 
 
 def a_rollout(rng: np.random.Generator, group: int, member: int) -> FinishedRollout:
@@ -103,8 +117,9 @@ class Lives:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
-    def begin(self) -> int:
-        print("live", file=self._parent.stdin, flush=True)
+    def begin(self, death: str = "live") -> int:
+        """Begin a life, which ends by itself as `recorded_trainer` understands it, and return its process id."""
+        print(death, file=self._parent.stdin, flush=True)
         return self._said()
 
     def end(self) -> int:
@@ -125,10 +140,6 @@ class Lives:
         return int(line)
 
 
-def writes_a_checkpoint(directory: Path) -> bool:
-    return any((directory / "checkpoints").glob(".step-*.partial"))
-
-
 def newest(directory: Path) -> int:
     """The number of the newest checkpoint; 0 before the first."""
     names = (path.stem.removeprefix("step-") for path in (directory / "checkpoints").glob("step-*.safetensors"))
@@ -141,16 +152,14 @@ def kill_at(lives: Lives, moment: random.Random, *, inside_a_write: bool) -> boo
     Counted in steps, so that the kills lie all over the run on a machine of any speed.
     """
     target = newest(lives.directory) + moment.randint(0, STEPS_OF_A_LIFE_MAX)
-    child = lives.begin()
-
-    def too_early() -> bool:
-        return newest(lives.directory) < target or (inside_a_write and not writes_a_checkpoint(lives.directory))
-
+    if inside_a_write:
+        lives.begin(f"{moment.choice(('torn', 'inside'))} {target + 1}")
+        return lives.end() == -signal.SIGKILL
+    child = lives.begin(f"before {target + 2}")  # should this process be kept from looking for so long
     # Another process is watched, so there is nothing to wait on but the disk, and for what lies between, the clock.
-    while too_early() and Path(f"/proc/{child}").exists():
+    while newest(lives.directory) < target and Path(f"/proc/{child}").exists():
         time.sleep(0.0002)
-    if not inside_a_write:
-        time.sleep(moment.uniform(0.0, 0.05))
+    time.sleep(moment.uniform(0.0, 0.05))
     with suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     return lives.end() == -signal.SIGKILL
@@ -192,14 +201,47 @@ def test_a_trainer_killed_twenty_times_learns_what_an_unbroken_one_does(recorded
         assert len(reached) > KILLS // 2, "the kills lay close together"
         lives.begin()
         assert lives.end() == 0
-    assert said(killed) == expected
+    assert_same(killed, unbroken)
+
+
+def test_a_killed_ppo_trainer_goes_on_with_its_critic(recorded: Path, tmp_path: Path) -> None:
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    for directory in (unbroken, killed):
+        shutil.copytree(recorded, directory)
+        (directory / "run.toml").write_text(PPO_TOML, encoding="utf-8")
+    with Lives(unbroken) as lives:
+        lives.begin()
+        assert lives.end() == 0
+    with Lives(killed) as lives:
+        for moment, number in MOMENTS:
+            lives.begin(f"{moment} {number}")
+            assert lives.end() == -signal.SIGKILL, (moment, number)
+            assert newest(killed) == (number if moment == "after" else number - 1)
+        lives.begin()
+        assert lives.end() == 0
+    whole = assert_same(killed, unbroken)
+    critic = whole.parts["critic"]
+    assert whole.updates == (PPO_STEPS - WARM_UP) * MINIBATCHES
+    assert (int(critic.weights["steps"]), critic.updates) == (PPO_STEPS, PPO_STEPS * CRITIC_EPOCHS * MINIBATCHES)
+    assert len({line["value_loss"] for line in said(killed)}) == PPO_STEPS, (
+        "a critic that learns nothing proves nothing"
+    )
+
+
+def assert_same(killed: Path, unbroken: Path) -> checkpoint.Stored:
+    """Check that two runs are the same to the bit, and return what both ended with."""
+    assert said(killed) == said(unbroken)
     assert batches(killed) == batches(unbroken)
     ours, theirs = (checkpoint.latest(one / "checkpoints") for one in (killed, unbroken))
     assert ours is not None and theirs is not None and ours.name == theirs.name
     mine, other = checkpoint.read(ours), checkpoint.read(theirs)
-    assert mine.weights.keys() == other.weights.keys()
-    assert all(torch.equal(weight, other.weights[name]) for name, weight in mine.weights.items())
-    assert all(torch.equal(moment, other.moments[name]) for name, moment in mine.moments.items())
+    assert (mine.updates, mine.skipped, mine.parts.keys()) == (other.updates, other.skipped, other.parts.keys())
+    for one, another in [(mine, other), *((mine.parts[name], other.parts[name]) for name in mine.parts)]:
+        assert (one.updates, one.skipped) == (another.updates, another.skipped)
+        for left, right in ((one.weights, another.weights), (one.moments, another.moments)):
+            assert left.keys() == right.keys() and left
+            assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+    return mine
 
 
 def test_two_ranks_under_torchrun_learn_what_one_process_does(recorded: Path, tmp_path: Path) -> None:
@@ -213,7 +255,7 @@ def test_two_ranks_under_torchrun_learn_what_one_process_does(recorded: Path, tm
         (tmp_path / name / "run.toml").write_text(toml, encoding="utf-8")
         ended = subprocess.run(
             [*launcher, "-m", "tests.journeys.recorded_trainer", str(tmp_path / name), "once"],
-            cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr
     one, two = said(tmp_path / "one"), said(tmp_path / "two")

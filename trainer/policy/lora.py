@@ -35,6 +35,7 @@ from trainer.policy.model import (
     sync,
     whole,
 )
+from trainer.ranks import lead
 
 # W = W_base + alpha / rank · B · A, of shapes (out, in), (out, rank), (rank, in).
 
@@ -109,7 +110,11 @@ def peft_names(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The frozen model's weights, whole, by the names that they have without an adapter, tied ones once."""
+    """The frozen model's weights, whole, by the names that they have without an adapter, tied ones once.
+
+    All ranks must call it.
+    """
+    lead(model, "base")
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

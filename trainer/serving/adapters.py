@@ -65,13 +65,17 @@ async def push_adapter(
 ) -> PushTimes:
     """Make model `name` answer with the LoRA adapter in this directory, which the engine's machine must see.
 
+    mode  "keep" lets calls in flight finish first, as "drain" does
+
     An adapter is megabytes where a model is gigabytes; vLLM reads it by itself and the base model is not touched.
     Raises WeightsRefusedError when the engine does not take it; it goes on with the adapter that it had. Raises
     WeightUpdateError when it cannot be told; where it may have the adapter already, it is left standing, because it
     would answer under the wrong label.
     """
     began = time.perf_counter()
-    await engine.pause(mode)
+    # A call in flight would go on with the old adapter under the new label: vLLM 0.32 loads what a call began with again
+    # at each of its steps, in place of what has the name by then. So none is kept: they finish first.
+    await engine.pause("drain" if mode == "keep" else mode)
     standing = time.perf_counter()
     with anyio.CancelScope(shield=True):
         try:

@@ -6,7 +6,8 @@
 
 What holds: evidence is what an engine itself says about its weights, the checksum of each tensor as it holds it, and a
 greedy continuation of a fixed prompt with its log-probs. Where an engine repacks its weights and keeps no tensor to sum
-up (vLLM's linear layers on a CPU), the continuation is the part that tells.
+up (vLLM's linear layers on a CPU), the continuation is the part that tells; of LoRA adapters, which no checksum covers,
+it is the only one, so each continues the prompt, too.
 """
 
 from __future__ import annotations
@@ -56,15 +57,20 @@ def compare(left: Evidence, right: Evidence) -> list[str]:
 
 
 async def _continuation(engine: RemoteEngine) -> list[tuple[int, float]]:
+    said: list[tuple[int, float]] = []
     try:
-        return await engine.sample(PROMPT, TOKENS, salt=secrets.token_hex(8))
+        said += await engine.sample(PROMPT, TOKENS, salt=secrets.token_hex(8))
+        for name in await engine.adapters():
+            said += await engine.sample(PROMPT, TOKENS, salt=secrets.token_hex(8), model=name)
     except EngineAnsweredError as exc:
-        if exc.status in (400, 404, 405, 501):
-            return []
-        raise
+        if exc.status not in (400, 404, 405, 501):
+            raise
+    return said
 
 
 def _same(left: Sequence[tuple[int, float]], right: Sequence[tuple[int, float]]) -> bool:
     if not left or not right:
         return True
-    return all(a[0] == b[0] and abs(a[1] - b[1]) <= LOGPROB_TOLERANCE for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(
+        a[0] == b[0] and abs(a[1] - b[1]) <= LOGPROB_TOLERANCE for a, b in zip(left, right, strict=False)
+    )

@@ -28,6 +28,7 @@ class EngineStub:
         self.paused = False
         self.update_open = False
         self.checksums = {"w": "same"}
+        self.adapters: set[str] = set()
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.updates: list[dict[str, Any]] = []
@@ -72,6 +73,9 @@ class EngineStub:
         assert not self.paused
         entries = [{"token_id": at, "logprob": -1.0} for at in range(body["sampling_params"]["max_tokens"])]
         return {"choices": [{"logprobs": {"content": entries}}]}
+
+    def _v1_models(self, body: Any, query: dict[str, str]) -> dict[str, Any]:
+        return {"data": [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in self.adapters)]}
 
     def _pause(self, body: Any, query: dict[str, str]) -> dict[str, Any]:
         assert query["clear_cache"] == "false" and query["mode"] in ("keep", "wait", "abort")
@@ -124,6 +128,7 @@ class EngineStub:
     def _v1_load_lora_adapter(self, body: Any, query: dict[str, str]) -> dict[str, Any]:
         assert body.keys() == {"lora_name", "lora_path", "load_inplace"} and body["load_inplace"] is True
         self.updates.append(body)
+        self.adapters.add(body["lora_name"])
         return {}
 
 

@@ -22,11 +22,19 @@ class Stub:
     """A replica that says what it is told to say. `labels` and `logprobs` are given in turn, the last one for ever.
 
     logprobs  of the one token with which it continues a prompt; without any it has no such route
+    adapter   that of its adapter, if it has one
     """
 
-    def __init__(self, *labels: str, healthy: bool = True, logprobs: Sequence[float] = (), **checksums: str) -> None:
+    def __init__(
+        self,
+        *labels: str,
+        healthy: bool = True,
+        logprobs: Sequence[float] = (),
+        adapter: float | None = None,
+        **checksums: str,
+    ) -> None:
         self.labels, self.healthy, self.checksums = list(labels), healthy, checksums
-        self.logprobs = list(logprobs)
+        self.logprobs, self.adapter = list(logprobs), adapter
 
     def app(self) -> Starlette:
         async def info(request: Request) -> Response:
@@ -42,11 +50,19 @@ class Stub:
         async def generate(request: Request) -> Response:
             if not self.logprobs:
                 return Response(status_code=404)
-            logprob = self.logprobs.pop(0) if len(self.logprobs) > 1 else self.logprobs[0]
+            if (await request.json()).get("model") == "adapter":
+                logprob = self.adapter
+            else:
+                logprob = self.logprobs.pop(0) if len(self.logprobs) > 1 else self.logprobs[0]
             return JSONResponse({"choices": [{"logprobs": {"content": [{"token_id": 7, "logprob": logprob}]}}]})
+
+        async def models(request: Request) -> Response:
+            parents = {"base": None} if self.adapter is None else {"base": None, "adapter": "base"}
+            return JSONResponse({"data": [{"id": name, "parent": parent} for name, parent in parents.items()]})
 
         return Starlette(
             routes=[
+                Route("/v1/models", models),
                 Route("/weight_info", info),
                 Route("/health", health),
                 Route("/weight_checker", checker, methods=["POST"]),
@@ -94,6 +110,14 @@ async def test_weights_that_no_checksum_covers_are_told_by_what_they_say() -> No
     assert same.verdict() == "all 2 hold the same 1 tensors and continue a prompt alike"
     # Greedy decoding may fall either way at a tie: a difference that goes away is none.
     assert (await compared(Stub("3", a="1", logprobs=[-1.0]), Stub("3", a="1", logprobs=[-1.3, -1.0]))).agree
+
+
+async def test_replicas_with_two_adapters_on_one_base_do_not_agree() -> None:
+    base = {"a": "1", "logprobs": [-1.0]}
+    assert (await compared(Stub("3", **base, adapter=-2.0), Stub("3", **base, adapter=-2.01))).agree
+    for other in (-2.3, None):
+        held = await compared(Stub("3", **base, adapter=-2.0), Stub("3", **base, adapter=other))
+        assert held.differing == ["the continuation of a fixed prompt"]
 
 
 async def test_replicas_of_two_versions_do_not_agree_and_are_not_called_broken() -> None:

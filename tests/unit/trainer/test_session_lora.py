@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_bus import POLICY_WEIGHTS, Client, Conflict, RunFile, RunSection, WeightVersion
+from lightning_bus import POLICY_WEIGHTS, CallError, Client, Conflict, RunFile, RunSection, WeightVersion
 from tests.bus_fixtures import broker
 from tests.unit.trainer.engine_stub import EngineStub, client_of
 from tests.unit.trainer.serving_fixtures import build_model, build_tokenizer
@@ -21,9 +21,9 @@ from trainer import registry
 from trainer.config import PolicySection, ServeSection, TrainSection
 from trainer.optimize import checkpoint
 from trainer.optimize.optimizer import Optimizer
-from trainer.policy.lora import adapter_weights, merged_weights
+from trainer.policy.lora import adapter_weights, add_adapter, load_adapter, merged_weights
 from trainer.policy.model import load_policy, named_weights, save_policy
-from trainer.rollback import export, roll_back
+from trainer.rollback import export, export_adapter, roll_back
 from trainer.serving.current import ServedAdapter, Weights
 from trainer.serving.remote import RemoteEngine
 from trainer.session import Session
@@ -53,6 +53,13 @@ def run_of(directory: Path, serve: ServeSection, **policy: object) -> RunFile:
 async def a_life(run: RunFile, stub: EngineStub, address: str) -> AsyncIterator[Session]:
     async with Client(address, role="trainer") as bus, client_of(stub) as http:
         yield Session(run, bus, http, [stub.url])
+
+
+def kept() -> EngineStub:
+    """A vLLM whose keeper has given it the first adapter."""
+    stub = EngineStub()
+    stub.adapters.add("policy")
+    return stub
 
 
 async def known(bus: Client, number: int) -> WeightVersion:
@@ -93,6 +100,12 @@ async def test_an_engine_that_takes_whole_models_gets_base_and_adapter_in_one(
         assert all(
             torch.equal(tensor, pushed[name]) for name, tensor in named_weights(load_policy(tmp_path / "export"))
         )
+        export_adapter(run, versions[2], tmp_path / "alone")
+        model = add_adapter(build_model(), 2)
+        load_adapter(model, tmp_path / "alone")
+        assert all(torch.equal(tensor, learnt[name]) for name, tensor in adapter_weights(model).items())
+        with pytest.raises(CallError, match="version 0 cannot be written as an adapter: .* was trained without one"):
+            export_adapter(run, versions[0], tmp_path / "base")
         async with a_life(run, stub, address) as session:
             session.resume()
             assert all(torch.equal(tensor, learnt[name]) for name, tensor in adapter_weights(session.model).items())
@@ -101,7 +114,7 @@ async def test_an_engine_that_takes_whole_models_gets_base_and_adapter_in_one(
 
 
 async def test_vllm_gets_the_adapter_alone_under_the_name_that_agents_call(tmp_path: Path) -> None:
-    stub = EngineStub()
+    stub = kept()
     async with broker(tmp_path / "log") as address, a_life(run_of(tmp_path, VLLM), stub, address) as session:
         await session.publish()
         learn(session, Optimizer(session.model, lr=1e-2))
@@ -124,7 +137,7 @@ async def test_a_vllm_that_was_restarted_is_given_the_newest_adapter_and_no_othe
     engine: RemoteEngine,  # noqa: F811
 ) -> None:
     run = run_of(tmp_path, VLLM)
-    async with broker(tmp_path / "log") as address, a_life(run, EngineStub(), address) as session:
+    async with broker(tmp_path / "log") as address, a_life(run, kept(), address) as session:
         weights = Weights(address, run.directory, adapter=ServedAdapter("policy", 2))
         await session.publish()
         assert await weights.bring(engine, VLLM) == "0"
@@ -141,7 +154,7 @@ async def test_a_vllm_that_was_restarted_is_given_the_newest_adapter_and_no_othe
 
 async def test_a_rollback_to_the_base_itself_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     run = run_of(tmp_path, VLLM)
-    async with broker(tmp_path / "log") as address, a_life(run, EngineStub(), address) as session:
+    async with broker(tmp_path / "log") as address, a_life(run, kept(), address) as session:
         await session.publish()
         for _ in range(2):
             learn(session, Optimizer(session.model, lr=1e-2))
