@@ -6,6 +6,8 @@ A phase is a generator of rows, each {"case": name, what was measured}. What alw
 from __future__ import annotations
 
 import gc
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +27,15 @@ from trainer.serving.slots import WeightSlots, shm_directory
 
 @dataclass(frozen=True)
 class Here:
-    """Where a phase runs, and until when (time.monotonic)."""
+    """Where a phase runs, and until when (time.monotonic).
+
+    done  cases that an earlier process of the phase has measured, or ended at
+    """
 
     device: torch.device
     tiny: bool
     until_s: float
+    done: frozenset[str] = frozenset()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,17 +70,42 @@ class Here:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def case(self, name: str, measure: Callable[[], dict[str, Any]], *, needs_s: float = 0.0) -> dict[str, Any]:
-        """Measure one case; memory that is not there, time that is not left and disagreement are rows, too."""
+    def case(
+        self, name: str, measure: Callable[[], dict[str, Any]], *, needs_s: float = 0.0, again: bool = False
+    ) -> dict[str, Any]:
+        """Measure one case; memory that is not there, time that is not left and disagreement are rows, too.
+
+        again  also where an earlier process has done it: what comes later builds on it
+
+        Raises ContextLostError, with the row, when the device answers nothing any more.
+        """
+        if name in self.done and not again:
+            return {"case": name, "skipped": "done"}
         if self.left_s() < needs_s:
             return {"case": name, "skipped": f"{self.left_s():.0f} s are left of the phase, about {needs_s:.0f} needed"}
+        print(json.dumps({"begun": name}), flush=True)  # who is killed in it cannot say so afterwards
         self.clean()
         try:
             return {"case": name, **measure()}
         except torch.OutOfMemoryError:
             return {"case": name, "out_of_memory": True, "peak_bytes": self.peak_bytes()}
         except Exception as exc:  # a backend may fail in its own ways, and the others are still to be measured
-            return {"case": name, "error": f"{type(exc).__name__}: {exc}"[:500]}
+            row = {"case": name, "error": f"{type(exc).__name__}: {exc}"[:500]}
+            if self.lost():
+                raise ContextLostError(row) from exc
+            return row
+
+    def lost(self) -> bool:
+        """Whether the device is of no more use to this process, as after an illegal access."""
+        try:
+            self.wait()
+        except Exception:
+            return True
+        return False
+
+
+class ContextLostError(Exception):
+    """The process must end; its argument is the row of the case that it ended at."""
 
 
 class DisagreesError(Exception):
@@ -114,42 +145,33 @@ def attention(here: Here) -> Iterator[dict[str, Any]]:
             yield here.case(name, lambda b=backend, lo=lengths: attention_case(here, b, lo), needs_s=needs_s)
 
 
+Heads = tuple[int, int, int]  # of queries, of keys and values, and their width
+
+
 def attention_case(here: Here, backend: str, lengths: Sequence[int]) -> dict[str, Any]:
-    layout = RowLayout(lengths, here.device)
-    tokens = layout.num_tokens
-    rng = torch.Generator(here.device).manual_seed(0)
-
-    def random(heads: int) -> Tensor:
-        shape = (1, heads, tokens, HEAD_WIDTH)
-        return torch.randn(shape, device=here.device, dtype=here.dtype, generator=rng).requires_grad_()
-
-    inputs = [random(QUERY_HEADS), random(KV_HEADS), random(KV_HEADS)]
-    grad_1THE = torch.randn((1, tokens, QUERY_HEADS, HEAD_WIDTH), device=here.device, generator=rng).to(here.dtype)
-
-    def outcome(name: str, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        attend = AttentionInterface()[BACKENDS[name]]
-        output_1THE, _ = attend(torch.nn.Module(), *given, None, scaling=HEAD_WIDTH**-0.5, row_layout=layout)
-        return output_1THE, *torch.autograd.grad(output_1THE, given, grad_1THE.to(output_1THE.dtype))
-
-    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    heads = QUERY_HEADS, KV_HEADS, HEAD_WIDTH
+    inputs, outcome = attention_work(here, lengths, heads)
+    # In float32 a kernel may not exist, and T x T scores of all heads not fit: the first and the last group of heads do.
+    times = QUERY_HEADS // KV_HEADS
+    groups = [0, KV_HEADS - 1]
+    of_queries = [group * times + at for group in groups for at in range(times)]
+    picked = of_queries, groups, groups
+    wide = [tensor.detach()[:, heads].float().requires_grad_() for tensor, heads in zip(inputs, picked, strict=True)]
+    found = outcome(backend, inputs)
+    parts = [found[0][:, :, of_queries], *(grad[:, heads] for grad, heads in zip(found[1:], picked, strict=True))]
+    expected = outcome("rows", wide, heads=of_queries)
     errors = [
-        check_close(found, expected, 0.02, what)
-        for found, expected, what in zip(
-            outcome(backend, inputs), outcome("rows", wide), ("output", "dQ", "dK", "dV"), strict=True
-        )
+        check_close(part, wanted, 0.02, what)
+        for part, wanted, what in zip(parts, expected, ("output", "dQ", "dK", "dV"), strict=True)
     ]
-    del wide
-
-    def forward() -> Tensor:
-        attend = AttentionInterface()[BACKENDS[backend]]
-        return attend(torch.nn.Module(), *inputs, None, scaling=HEAD_WIDTH**-0.5, row_layout=layout)[0]
-
-    forward_s = here.seconds(forward)
+    del wide, found, parts, expected
+    here.clean()
+    forward_s = here.seconds(lambda: outcome(backend, inputs, backward=False))
     both_s = here.seconds(lambda: outcome(backend, inputs))
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     flops = 4 * QUERY_HEADS * HEAD_WIDTH * pairs
     return {
-        "tokens": tokens,
+        "tokens": sum(lengths),
         "difference": max(errors),  # relative, in the norm
         "forward_ms": round(forward_s * 1e3, 3),
         "both_ms": round(both_s * 1e3, 3),
@@ -157,6 +179,42 @@ def attention_case(here: Here, backend: str, lengths: Sequence[int]) -> dict[str
         "both_tflops": round(3.5 * flops / both_s / 1e12, 1),  # a flash backward has five products, forward two
         "peak_bytes": here.peak_bytes(),
     }
+
+
+def attention_seconds(here: Here, backend: str, lengths: Sequence[int], heads: Heads) -> float:
+    """What one layer's attention takes, forward and backward."""
+    here.clean()
+    inputs, outcome = attention_work(here, lengths, heads)
+    return here.seconds(lambda: outcome(backend, inputs), times=2)
+
+
+def attention_work(
+    here: Here, lengths: Sequence[int], heads: Heads
+) -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """Return random queries, keys and values, and a function of a backend and them: the output and their gradients."""
+    layout = RowLayout(lengths, here.device)
+    query_heads, kv_heads, width = heads
+    rng = torch.Generator(here.device).manual_seed(0)
+
+    def random(heads: int) -> Tensor:
+        # As a model has them: a projection's (tokens, heads, width), seen as (heads, tokens, width).
+        shape = (1, layout.num_tokens, heads, width)
+        return torch.randn(shape, device=here.device, dtype=here.dtype, generator=rng).transpose(1, 2).requires_grad_()
+
+    inputs = [random(query_heads), random(kv_heads), random(kv_heads)]
+    grad_1THE = torch.randn_like(inputs[0].detach()).transpose(1, 2)
+
+    def outcome(
+        name: str, given: Sequence[Tensor], *, backward: bool = True, heads: Sequence[int] | None = None
+    ) -> tuple[Tensor, ...]:
+        attend = AttentionInterface()[BACKENDS[name]]
+        output_1THE, _ = attend(torch.nn.Module(), *given, None, scaling=width**-0.5, row_layout=layout)
+        if not backward:
+            return (output_1THE,)
+        grad = grad_1THE if heads is None else grad_1THE[:, :, heads]
+        return output_1THE, *torch.autograd.grad(output_1THE, given, grad.to(output_1THE.dtype))
+
+    return inputs, outcome
 
 
 # -- the head ---------------------------------------------------------------------------------------------------------
@@ -226,10 +284,12 @@ def head_case(here: Here, form: str, width: int, tokens: int, vocabulary: int) -
 
 
 def copy(here: Here) -> Iterator[dict[str, Any]]:
-    numel = 1 << 14 if here.tiny else 1 << 30  # 2 GiB in 16 bits: as Qwen3-0.6B and its optimiser's neighbours
+    numel = 1 << 14 if here.tiny else 1 << 30  # 2 GiB in 16 bits: as a model of one billion weights
+    room = os.statvfs(shm_directory())
+    pushed = min(numel, room.f_bavail * room.f_frsize // 8)  # two files of 2 bytes each, and half of it is left
     yield here.case("device_to_device", lambda: copy_case(here, numel, "device"))
     yield here.case("device_to_pinned_host", lambda: copy_case(here, numel, "pinned"), needs_s=2.0)
-    yield here.case("device_to_shm_as_pushed", lambda: copy_case(here, numel, "pushed"), needs_s=5.0)
+    yield here.case("device_to_shm_as_pushed", lambda: copy_case(here, pushed, "pushed"), needs_s=5.0)
 
 
 def copy_case(here: Here, numel: int, where: str) -> dict[str, Any]:

@@ -42,12 +42,13 @@ class PackedBatch:
     temperatures_T  (T,) float32  temperature it was sampled with
     advantages_T    (T,) float32  advantage of token t + 1: of its rollout, or of the call that sampled it
     weights_T       (T,) float32  its weight in the loss, before the division by the denominator
-    staleness_T     (T,) int64    versions between the oldest weights that sampled its row and those being improved; -1:
-                                  not known
+    staleness_T     (T,) int64    versions between the weights that sampled token t + 1 and those being improved, for all
+                                  tokens of a call those of its oldest; -1: not known
     reference_logprobs_T  (T,) float32  its log-prob under a reference policy, or None
     proximal_logprobs_T   (T,) float32  its log-prob under the trainer's weights before this batch, or None
 
     denominator     this pack's share of what the step's weighted sum is divided by
+    places_K        (K,) int64 where trained_T is True; None: looked up each time, for which a GPU would be waited for
     """
 
     token_ids_T: Tensor
@@ -65,10 +66,16 @@ class PackedBatch:
     denominator: float
     reference_logprobs_T: Tensor | None = None
     proximal_logprobs_T: Tensor | None = None
+    places_K: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids_T)
+
+    def scored(self, values_T: Tensor) -> Tensor:
+        """Return the (K, …) of (T, …) that belong to trained tokens."""
+        places_K = self.trained_T.nonzero().squeeze(-1) if self.places_K is None else self.places_K
+        return values_T.index_select(0, places_K)
 
     def with_logprobs(self, *, reference_K: Tensor | None = None, proximal_K: Tensor | None = None) -> "PackedBatch":
         """Return the pack with log-probs of its scored tokens (K,), as `token_scores` gives them, without gradient."""
@@ -207,13 +214,23 @@ def _pack(
         temperatures_T=torch.from_numpy(temperatures_T.astype(np.float32)),
         advantages_T=torch.from_numpy(_shifted([advantages[index] for index in members], fill=0)),
         weights_T=torch.from_numpy(np.repeat([weights_N[index] for index in members], lengths).astype(np.float32)),
-        staleness_T=torch.from_numpy(np.repeat([_staleness(row, version) for row in packed], lengths).astype(np.int64)),
+        staleness_T=torch.from_numpy(_shifted([_staleness(row, version) for row in packed], fill=-1)),
         denominator=math.fsum(shares_N[index] for index in members),
     )
 
 
-def _staleness(row: Row, version: int | None) -> int:
-    return -1 if version is None or row.version_oldest < 0 else max(0, version - row.version_oldest)
+def _staleness(row: Row, version: int | None) -> np.ndarray:
+    """Return (L,) how many versions ago each trained token was sampled; -1: not known.
+
+    Where weights changed in the middle of an answer, the new ones sampled the rest of it from keys and values of the old:
+    all of it counts as old, so that at 0 nothing but numerics can differ.
+    """
+    sampled_L = np.full(len(row.token_ids), row.version_oldest, np.int64)
+    for oldest, (start, end) in zip(row.versions, row.sampled, strict=False):  # none in a row that no span is behind
+        sampled_L[start:end] = oldest
+    if version is None:
+        return np.full_like(sampled_L, -1)
+    return np.where(sampled_L < 0, -1, np.maximum(0, version - sampled_L))
 
 
 def _by_token(rows: Sequence[Row], advantages_N: ArrayLike | None) -> list[np.ndarray]:

@@ -21,6 +21,7 @@ from trainer.optimize.cost import peak_flops_per_s, step_flops
 from trainer.optimize.losses import Loss, add_metrics, inputs_of, is_maximum, mean_metrics
 from trainer.optimize.optimizer import Optimizer
 from trainer.optimize.parallel import loss_name, packed, run
+from trainer.policy.attention.layout import sent
 from trainer.policy.logprob import CHUNK_TOKENS, token_scores
 from trainer.ranks import everyone, lead, led, num_ranks
 
@@ -105,12 +106,12 @@ def train_step(
     losses: list[Tensor] = []
     totals: dict[str, Tensor] = {}
     optimizer.zero_grad()
-    for pack in packs:
+    # All at once: a few numbers a token, and the device need not be waited for between two packs.
+    placed = [on_device(pack, device) for pack in packs]
+    for pack in placed:
         watch.mark("forward")
         # FSDP averages gradients over ranks; what is wanted is their sum.
-        pack_loss, metrics = run(
-            model, _pack_loss, model, on_device(pack, device), loss, step.denominator / ranks, chunk_tokens
-        )
+        pack_loss, metrics = run(model, _pack_loss, model, pack, loss, step.denominator / ranks, chunk_tokens)
         watch.mark("backward")
         pack_loss.backward()
         losses.append(pack_loss.detach() / ranks)
@@ -152,7 +153,7 @@ def _pack_loss(
     if not len(scores.logprobs_K):  # an idle pack: zero, with a way back through every layer
         return scores.logprobs_K.sum(), {}
     loss_K, metrics = loss(inputs_of(pack, scores.logprobs_K, scores.entropies_K))
-    return (loss_K * pack.weights_T[pack.trained_T]).sum() / denominator, metrics
+    return (loss_K * pack.scored(pack.weights_T)).sum() / denominator, metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +205,16 @@ def _reduced(losses: Sequence[Tensor], totals: dict[str, Tensor]) -> tuple[float
 
 
 def on_device(pack: PackedBatch, device: torch.device) -> PackedBatch:
-    """Return the pack with its tensors there."""
+    """Return the pack with its tensors there, and with the places of its trained tokens.
+
+    Nothing waits for a GPU: its copies are of pinned memory, behind what the device has been given to do already.
+    """
+    if pack.places_K is None:
+        pack = replace(pack, places_K=pack.trained_T.nonzero().squeeze(-1))
     if pack.token_ids_T.device == device:
         return pack
     tensors = {field.name: getattr(pack, field.name) for field in fields(pack)}
-    return replace(pack, **{name: one.to(device) for name, one in tensors.items() if isinstance(one, Tensor)})
+    return replace(pack, **{name: sent(one, device) for name, one in tensors.items() if isinstance(one, Tensor)})
 
 
 class _Stopwatch:

@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from trainer.config import PolicySection, ServeSection
+from trainer.policy.logprob import head_precision
 from trainer.policy.lora import ALL_LINEAR, add_adapter
 from trainer.policy.model import load_policy
-from trainer.policy.precision import checkpoint_activations, forward_precision
+from trainer.policy.precision import checkpoint_activations, compile_layers, forward_precision
 
 
 def build_policy(section: PolicySection, directory: Path, *, device: str = "cpu") -> PreTrainedModel:
@@ -30,8 +31,12 @@ def build_policy(section: PolicySection, directory: Path, *, device: str = "cpu"
             targets=section.lora_targets or ALL_LINEAR,
         )
     forward_precision(model, compute_dtype)
+    if section.head_dtype != "float32":
+        head_precision(model, getattr(torch, section.head_dtype))
+    if section.compile:
+        compile_layers(model)
     if section.recompute:
-        checkpoint_activations(model)
+        checkpoint_activations(model, keep_attention=not section.recompute_attention)
     return model
 
 

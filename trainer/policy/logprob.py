@@ -42,18 +42,28 @@ def token_scores(
 ) -> TokenScores:
     """Score the trained tokens of a pack under the model's current weights, each at its own temperature.
 
-    head_dtype  see `chunked_logprobs`
+    head_dtype  see `chunked_logprobs`; unless given the model's own, see `head_precision`
     """
+    head_dtype = head_dtype or getattr(model, "_head_dtype", None)
     return TokenScores(
         *chunked_logprobs(
-            hidden_states(model, pack)[pack.trained_T],
+            pack.scored(hidden_states(model, pack)),
             head_weight(model),
-            pack.targets_T[pack.trained_T],
-            pack.temperatures_T[pack.trained_T],
+            pack.scored(pack.targets_T),
+            pack.scored(pack.temperatures_T),
             chunk_tokens=chunk_tokens,
             head_dtype=head_dtype,
         )
     )
+
+
+def head_precision(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Make `token_scores` of this model round hidden states and head to `dtype` before they meet; return the model.
+
+    The head's weights stay what they are. Sums, log-probs and entropies are float32 or wider in any case.
+    """
+    setattr(model, "_head_dtype", dtype)  # noqa: B010 - a module's attributes are typed as its parts
+    return model
 
 
 def hidden_states(model: PreTrainedModel, pack: PackedBatch) -> Tensor:

@@ -19,6 +19,7 @@ vLLM's own consumer on a CPU. A run over real NCCL needs a GPU on each side.
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -80,17 +81,25 @@ class NcclTransfer:
         self._new_id = new_id or nccl_unique_id
         self._join = join or NcclGroup
         self._group: Group | None = None
+        self._device = torch.device("cpu")  # where the last offer's weights lie
         self.members: list[str] = []  # URLs of the replicas in the group
 
     def offer(self, tensors: Mapping[str, Tensor], version: str, *, frozen: Collection[str] = ()) -> NcclOffer:
         """Copy and cast the weights where they are; a replica may be caught up while the next step is computed."""
         copies: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             wire = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-            copy = tensor.detach().to(wire, copy=True).contiguous()
-            if copy.is_floating_point() and not bool(torch.isfinite(copy.sum(dtype=torch.float32))):
-                raise WeightsRefusedError(f"{name} holds NaN or infinity as {dtype_name(wire)}. Roll back one step.")
-            copies[name] = copy
+            copies[name] = copy = tensor.detach().to(wire, copy=True).contiguous()
+            if copy.is_floating_point():
+                sums[name] = copy.sum(dtype=torch.float32)
+        # The device is asked once, behind all of the copies.
+        finite = torch.stack(list(sums.values())).isfinite().tolist() if sums else []
+        for name, is_finite in zip(sums, finite, strict=True):
+            if not is_finite:
+                wire_name = dtype_name(copies[name].dtype)
+                raise WeightsRefusedError(f"{name} holds NaN or infinity as {wire_name}. Roll back one step.")
+        self._device = next((copy.device for copy in copies.values()), self._device)
         # Wide elements first: vLLM's consumer views each tensor where it lies in its chunk, at a multiple of its width.
         return NcclOffer(self, dict(sorted(copies.items(), key=lambda item: -item[1].itemsize)), version)
 
@@ -102,7 +111,7 @@ class NcclTransfer:
         self.close()
         sizes = [await engine.world_size() for engine in engines]
         unique_id, world_size = self._new_id(), 1 + sum(sizes)
-        joining = _Thread(lambda: self._join(unique_id, world_size))
+        joining = _Thread(lambda: self._join(unique_id, world_size), self._device)
         calls: dict[str, Call] = {}
         rank_offset = 1
         for engine, size in zip(engines, sizes, strict=True):
@@ -124,7 +133,7 @@ class NcclTransfer:
             group.wait()
 
         try:
-            await _Thread(send).result(self.limit_s, "broadcasting weights")
+            await _Thread(send, self._device).result(self.limit_s, "broadcasting weights")
         except BaseException:
             self.close()
             raise
@@ -301,16 +310,20 @@ def _init(engine: RemoteEngine, init_info: dict[str, Any]) -> Call:
 
 
 class _Thread:
-    """A call that may hang for good, on a thread that nobody has to join when the process ends."""
+    """A call that may hang for good, on a thread that nobody has to join when the process ends.
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    A new thread's current device is the first GPU, whichever the trainer has taken: it is told the weights' own.
+    """
+
+    def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         self._done = threading.Event()
         self._outcome: list[Any] = []
         self._failure: BaseException | None = None
 
         def run() -> None:
             try:
-                self._outcome.append(function())
+                with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                    self._outcome.append(function())
             except BaseException as exc:
                 self._failure = exc
             self._done.set()

@@ -87,9 +87,11 @@ class WeightSlots:
         slot.mapped.set_stamp(layout, NO_STAMP)
         slot.stamp = ""
         written = slot.mapped.tensors()
+        copies = _Copies()
         for name, target in written.items():
             if name not in kept:
-                _copy_finite(target, tensors[name], name)
+                copies.copy(target, tensors[name], name)
+        copies.check()
         slot.stamp = _new_stamp()
         slot.mapped.set_stamp(layout, slot.stamp)
         return describe(slot.path, version, slot.stamp, written)
@@ -166,14 +168,16 @@ def write_weights(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     written: dict[str, Tensor] = {}
+    copies = _Copies()
     try:
         with temporary.open("wb") as file:
             file.write(layout.header(stamp))
             for name, entry in layout.entries.items():
                 target = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-                _copy_finite(target, tensors[name], name)
+                copies.copy(target, tensors[name], name)
                 file.write(raw_bytes(target))
                 written[name] = target.to("meta")
+        copies.check()
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -204,17 +208,46 @@ def _create(path: Path, layout: Layout) -> Mapped:
     return mapped
 
 
-def _copy_finite(target: Tensor, source: Tensor, name: str) -> None:
+class _Copies:
+    """Copies and casts, and refuses what is not finite: from a CPU at once, from a GPU in check(), which waits once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def copy(self, target: Tensor, source: Tensor, name: str) -> None:
+        source = source.detach()
+        if _in_memory(source):
+            _copy_pieces(target, source, name)
+            return
+        # Cast and summed up where it is: half the bytes cross over, in one piece, and no value is asked for yet.
+        cast = source.to(target.dtype).contiguous()
+        if cast.is_floating_point():
+            self._sums[name, cast.dtype] = cast.sum(dtype=torch.float32)
+        target.copy_(cast)
+
+    def check(self) -> None:
+        if self._sums:
+            finite = torch.stack(list(self._sums.values())).isfinite().tolist()
+            for (name, dtype), is_finite in zip(self._sums, finite, strict=True):
+                if not is_finite:
+                    raise _not_finite(name, dtype)
+
+
+def _in_memory(source: Tensor) -> bool:
+    return source.device.type == "cpu"
+
+
+def _copy_pieces(target: Tensor, source: Tensor, name: str) -> None:
     """Copy and cast in pieces that stay in the cache until they have been looked at."""
-    pieces = zip(
-        target.view(-1).split(CHUNK_NUMEL), source.detach().contiguous().view(-1).split(CHUNK_NUMEL), strict=True
-    )
+    pieces = zip(target.view(-1).split(CHUNK_NUMEL), source.contiguous().view(-1).split(CHUNK_NUMEL), strict=True)
     for piece, original in pieces:
         piece.copy_(original)
         if piece.is_floating_point() and not math.isfinite(piece.sum(dtype=torch.float32).item()):
-            raise WeightsRefusedError(
-                f"{name} holds NaN or infinity as {dtype_name(target.dtype)}. Roll the trainer back one step."
-            )
+            raise _not_finite(name, target.dtype)
+
+
+def _not_finite(name: str, dtype: torch.dtype) -> WeightsRefusedError:
+    return WeightsRefusedError(f"{name} holds NaN or infinity as {dtype_name(dtype)}. Roll the trainer back one step.")
 
 
 def _new_stamp() -> str:

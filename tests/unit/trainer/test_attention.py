@@ -51,7 +51,7 @@ def alone(model, row):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("backend", ["rows", "sdpa", FLEX, "varlen", "varlen-2.10", "flash"])
+@pytest.mark.parametrize("backend", ["rows", "sdpa", FLEX, "varlen", "varlen-2.11", "varlen-2.10", "flash"])
 def test_a_packed_row_equals_the_row_alone(backend, family, monkeypatch):
     if backend == "varlen-2.10":  # it has no window; its refusal is a test of its own
         family = family.removesuffix("-window")
@@ -197,6 +197,27 @@ def test_a_backend_that_cannot_run_is_refused_with_the_way_out(name, options, re
         choose_backend(name, **options)
 
 
+def test_a_short_row_in_16_bits_on_a_cpu_is_rounded_once_and_a_long_one_stays_in_16_bits():
+    torch.manual_seed(0)
+    rounded = [torch.randn(1, heads, 340, 16).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    exact = [part.detach().double().requires_grad_() for part in rounded]
+    layout, asked = RowLayout([80, 260]), backends.Asked(None, None, None)
+    outputs = [backends.rows_kernel(*parts, layout, asked) for parts in (rounded, exact)]
+    toward = torch.randn(outputs[0].shape).bfloat16()
+    for output in outputs:
+        output.backward(toward.to(output.dtype))
+
+    def error(found, expected):
+        return float((found.double() - expected).norm() / expected.norm())
+
+    for ours, theirs in zip(rounded, exact, strict=True):
+        errors = [
+            error(one, two)
+            for one, two in zip(ours.grad.split([80, 260], 2), theirs.grad.split([80, 260], 2), strict=True)
+        ]
+        assert errors[0] < 0.002 < errors[1]  # half an ulp of bfloat16, root mean square, is 0.0017
+
+
 # --- what a kernel cannot do is refused ---
 
 
@@ -254,8 +275,17 @@ def varlen_2_13(
     return attend_slowly(query, key, value, cu_seq_q, scale or query.shape[-1] ** -0.5, window_size[0])
 
 
+def varlen_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    return varlen_2_13(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
 def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert is_causal and query.shape[1] == key.shape[1] == value.shape[1]
+    assert is_causal
     return attend_slowly(query, key, value, cu_seq_q, query.shape[-1] ** -0.5, -1)
 
 
@@ -272,7 +302,7 @@ def stand_in(monkeypatch, backend, spy=lambda starts: None):
         assert window_size == (-1, -1) or window_size[1] == 0
         return attend_slowly(q, k, v, cu_seqlens_q, softmax_scale, window_size[0], softcap)
 
-    kernels = {"varlen": varlen_2_13, "varlen-2.10": varlen_2_10}
+    kernels = {"varlen": varlen_2_13, "varlen-2.11": varlen_2_11, "varlen-2.10": varlen_2_10}
     if backend in kernels:
         from torch.nn.attention import varlen
 

@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 import torch
 
+from tests.reference.ops import CountedOps
 from tests.reference.policy_step import as_float64, row_logprobs
 from tests.reference.rows import make_rows, tiny_model
+from tests.unit.trainer.serving_fixtures import build_tokenizer
+from trainer.config import PolicySection
 from trainer.data.batch import pack_rows
+from trainer.policy import build
 from trainer.policy.logprob import hidden_states, token_scores
-from trainer.policy.precision import checkpoint_activations, decoder_layers, forward_precision
+from trainer.policy.model import save_policy
+from trainer.policy.precision import (
+    ATTENTION_OPS,
+    checkpoint_activations,
+    compile_layers,
+    decoder_layers,
+    forward_precision,
+)
 
 # bfloat16 has 8 bits: each rounding is off by up to 2^-9 of its size, and they add up as a random walk. Measured on the
 # four models with three seeds each: log-probs at most 0.11 nats off (0.02 on average), gradients 4.6 % of their norm. The
@@ -85,6 +96,29 @@ def test_the_residual_stream_is_16_bits_and_rope_norms_and_head_are_32():
     assert torch.equal(seen["rope"][0], cosines[0])  # not rounded on the way either
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_angles_are_exact_while_other_products_are_rounded(dtype):
+    """An angle is frequency times position as a product of matrices: TF32 would round positions to 11 bits."""
+    model = forward_precision(tiny_model("qwen3"), dtype)
+    seen = []
+    model.model.rotary_emb.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    rotary = type(model.model.rotary_emb).__mro__[2]  # transformers' own
+    original = rotary.forward
+    before = torch.get_float32_matmul_precision()
+    try:
+        rotary.forward = lambda self, *args, **kwargs: (
+            seen.append(torch.get_float32_matmul_precision()),
+            original(self, *args, **kwargs),
+        )[1]
+        torch.set_float32_matmul_precision("high")
+        hidden_states(model, pack_of([12])[1])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        rotary.forward = original
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest", "high"]
+
+
 def test_a_copy_of_a_16_bit_model_computes_with_its_own_weights():
     model = forward_precision(tiny_model("llama"), torch.bfloat16)
     twin = copy.deepcopy(model)
@@ -114,6 +148,63 @@ def test_recomputed_activations_give_the_same_bits(family, dtype):
     for (name, expected), found in zip(gradients(plain, pack).items(), gradients(saving, pack).values(), strict=True):
         assert torch.equal(found, expected), name
     assert saving.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_is_kept_runs_once_and_gives_the_same_bits(dtype):
+    pack = pack_of([9, 30, 17])[1]
+    found, times = {}, {}
+    for keep_attention in (False, True):
+        model = forward_precision(tiny_model("qwen3"), dtype)
+        with CountedOps() as counted:
+            found[keep_attention] = gradients(checkpoint_activations(model, keep_attention=keep_attention), pack)
+        times[keep_attention] = sum(counted.times[op] for op in ATTENTION_OPS)
+    layers, rows = len(decoder_layers(model)), 3
+    assert times == {False: 2 * layers * rows, True: layers * rows}
+    for name, expected in found[False].items():
+        assert torch.equal(found[True][name], expected), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # torch's own tracing
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_share_a_few_graphs_for_all_packs_and_give_the_same_bits(recompute):
+    """Traced only: what torch's compiler then makes of a graph is not watched here."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = forward_precision(tiny_model("qwen3"), torch.bfloat16)
+    model = compile_layers(forward_precision(tiny_model("qwen3"), torch.bfloat16), backend=backend)
+    if recompute:
+        checkpoint_activations(model)
+    known = []
+    for lengths in ([9, 30, 17], [5, 12], [40, 3, 3, 8]):
+        pack = pack_of(lengths)[1]
+        for (name, expected), found in zip(
+            gradients(plain, pack).items(), gradients(model, pack).values(), strict=True
+        ):
+            assert torch.equal(found, expected), name
+        known.append(len(graphs))
+    assert known[0] == known[-1] <= 4  # before attention and behind it; the first layer may differ
+
+
+@pytest.mark.parametrize("attention_again", [True, False])
+def test_a_policy_runs_as_its_section_says(attention_again, tmp_path, monkeypatch):
+    save_policy(tiny_model("qwen3"), build_tokenizer(), tmp_path / "model")
+    prepared = []
+    monkeypatch.setattr(build, "compile_layers", lambda model: prepared.append("compiled"))
+    monkeypatch.setattr(build, "checkpoint_activations", lambda model, **how: prepared.append(how))
+    section = PolicySection(model="", recompute=True, recompute_attention=attention_again, compile=True)
+    build.build_policy(section, tmp_path / "model")
+    assert prepared == ["compiled", {"keep_attention": not attention_again}]
+    build.build_policy(PolicySection(model=""), tmp_path / "model")
+    assert len(prepared) == 2
 
 
 def test_recomputed_activations_are_not_kept():

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from tests.reference.ops import CountedOps
 from tests.unit.trainer.serving_fixtures import build_model
+from trainer.serving import slots as slots_module
 from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
 from trainer.serving.slots import WeightDirectory, WeightSlots, shm_directory, write_weights
 from trainer.serving.weights import (
@@ -64,7 +66,16 @@ def test_any_tensors_are_a_safetensors_file_with_each_at_its_place(
     assert read_weights(file.with_checksum(), tensors).tensors.keys() == tensors.keys()
 
 
+@pytest.fixture(params=["memory", "device"])
+def tensors_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where tensors that are written seem to lie: what is done on a GPU is done on the CPU here, step by step the same."""
+    if request.param == "device":
+        monkeypatch.setattr(slots_module, "_in_memory", lambda source: False)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("tensors_in")
 def test_masters_in_float32_go_out_in_the_dtype_that_is_served(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"w": torch.randn(300, 7), "steps": torch.arange(3)}
     file = WeightSlots(tmp_path, "run").write(tensors, "1", dtype=dtype)
@@ -75,6 +86,14 @@ def test_masters_in_float32_go_out_in_the_dtype_that_is_served(tmp_path: Path, d
         write_weights({"w": torch.full((3,), 1e6)}, tmp_path / "w.safetensors", "2", dtype=torch.float16)
 
 
+def test_a_push_from_a_gpu_asks_the_device_for_no_value_but_one_list(tmp_path: Path, tensors_in: str) -> None:
+    with CountedOps() as counted:
+        WeightSlots(tmp_path, "run").write({f"w.{at}": torch.randn(20_000) for at in range(5)}, "1")
+    # Each value that Python looks at is a wait for all that a GPU has been given to do.
+    assert counted.times["aten._local_scalar_dense.default"] == (0 if tensors_in == "device" else 10)
+
+
+@pytest.mark.usefixtures("tensors_in")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_found_before_anybody_is_told(tmp_path: Path, value: float) -> None:
     slots = WeightSlots(tmp_path, "run")

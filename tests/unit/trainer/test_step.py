@@ -1,5 +1,6 @@
 """One step against the slow twin, and that nothing about packing can be seen in the gradient."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -145,20 +146,25 @@ def test_steps_on_the_same_rows_lower_the_loss_and_the_metrics_say_what_was_done
     assert optimizer.updates == 15
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(where):
     model = tiny_llama()
     packs = pack_rows(make_rows(10, LENGTHS), ADVANTAGES, token_budget=30)
-    optimizer = Optimizer(model, lr=1e-3)
+    optimizer = Optimizer(model, lr=1e-3, warmup_updates=5)
     train_step(model, optimizer, packs, sft)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     moments = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    lr = optimizer.lr
 
     def broken(inputs: LossInputs):
-        return inputs.logprobs_K * float("nan"), {}
+        if where == "loss":
+            return inputs.logprobs_K * float("nan"), {}
+        return (inputs.logprobs_K - inputs.logprobs_K.detach()).sqrt(), {}  # 0, and steeper than any number
 
     metrics = train_step(model, optimizer, packs, broken)
     assert not metrics.applied
-    assert (optimizer.updates, optimizer.skipped) == (1, 1)
+    assert math.isfinite(metrics.loss) == (where == "gradient")
+    assert (optimizer.updates, optimizer.skipped, optimizer.lr) == (1, 1, lr)
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert all(torch.equal(tensor, moments[name]) for name, tensor in optimizer.tensors().items())
     assert all(weight.grad is None for weight in model.parameters())

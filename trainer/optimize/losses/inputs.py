@@ -31,7 +31,8 @@ class LossInputs:
                                         a metric detaches it
     row_K                 (K,) int64    which row of the pack a token belongs to, ascending from 0
     num_rows              rows of the pack, each of which has scored tokens
-    staleness_K           (K,) int64    versions between the weights that sampled and those being improved; -1: not known
+    staleness_K           (K,) int64    versions between the weights that sampled its call and those being improved; -1: not
+                                        known
     reference_logprobs_K  (K,) float32  under the reference policy, without gradient; None: there is none
     proximal_logprobs_K   (K,) float32  under the trainer's own weights before this batch's first update, without
                                         gradient; None: the behaviour takes their place ("bypass")
@@ -81,17 +82,16 @@ class Surrogate(NamedTuple):
 
 def inputs_of(pack: PackedBatch, logprobs_K: Tensor, entropies_K: Tensor) -> LossInputs:
     """Return what a loss sees of a pack whose scored tokens have these log-probs and entropies."""
-    trained_T = pack.trained_T
     return LossInputs(
         logprobs_K=logprobs_K,
-        behaviour_logprobs_K=pack.logprobs_T[trained_T],
-        advantages_K=pack.advantages_T[trained_T],
+        behaviour_logprobs_K=pack.scored(pack.logprobs_T),
+        advantages_K=pack.scored(pack.advantages_T),
         entropies_K=entropies_K,
-        row_K=pack.row_T[trained_T],
+        row_K=pack.scored(pack.row_T),
         num_rows=len(pack.row_lengths),
-        staleness_K=pack.staleness_T[trained_T],
-        reference_logprobs_K=None if pack.reference_logprobs_T is None else pack.reference_logprobs_T[trained_T],
-        proximal_logprobs_K=None if pack.proximal_logprobs_T is None else pack.proximal_logprobs_T[trained_T],
+        staleness_K=pack.scored(pack.staleness_T),
+        reference_logprobs_K=None if pack.reference_logprobs_T is None else pack.scored(pack.reference_logprobs_T),
+        proximal_logprobs_K=None if pack.proximal_logprobs_T is None else pack.scored(pack.proximal_logprobs_T),
     )
 
 

@@ -8,7 +8,8 @@ can use them. Listed best first, as "auto" tries them:
     flex    torch's compiled flex attention under a block mask. CUDA, any precision; the only fast one with score caps
             where flash-attn is not installed. On a CPU it has no backward pass (torch 2.13).
     rows    one causal kernel call per row. No mask exists, nothing is padded, cost is Σ L² rather than (Σ L)²;
-            a neighbour full of NaN changes not one bit. Everywhere; the default on a CPU.
+            a neighbour full of NaN changes not one bit. Everywhere; the default on a CPU. On a GPU it is for packs of few
+            long rows: there SDPA may take cuDNN's kernel (Hopper), the fastest, which is planned anew for each length.
     sdpa    one kernel call under a T x T mask: a second opinion for tests. A NaN in one row does reach the others
             here, because -inf + NaN and 0 · NaN are NaN. Never chosen by "auto".
 

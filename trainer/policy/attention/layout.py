@@ -3,6 +3,7 @@
 Made once per pack and shared by all layers; masks are made when the first layer asks and kept for the others.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,13 +25,17 @@ class RowLayout:
         self.lengths = tuple(int(length) for length in lengths)
         self.longest = max(self.lengths)
         self.num_tokens = sum(self.lengths)
-        lengths_N = torch.tensor(self.lengths, dtype=torch.int32)
-        self.starts_N1 = torch.nn.functional.pad(lengths_N.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
-        # The size is said, so that a GPU is not asked for it and nothing waits.
-        rows_N = torch.arange(len(self.lengths))
-        self.row_T = rows_N.repeat_interleave(lengths_N, output_size=self.num_tokens).to(device)
+        self._lengths_N = torch.tensor(self.lengths, dtype=torch.int32)
+        starts_N1 = torch.nn.functional.pad(self._lengths_N.cumsum(0, dtype=torch.int32), (1, 0))
+        self.starts_N1 = sent(starts_N1, torch.device(device))
         self._dense: dict[int | None, Tensor] = {}
         self._blocks: dict[int | None, BlockMask] = {}
+
+    @functools.cached_property
+    def row_T(self) -> Tensor:
+        """(T,) int64, on the model's device: which row a token is of. For masks, which most kernels do without."""
+        row_T = torch.arange(len(self.lengths)).repeat_interleave(self._lengths_N, output_size=self.num_tokens)
+        return sent(row_T, self.starts_N1.device)
 
     def dense_mask(self, window: int | None = None) -> Tensor:
         """(T, T) bool, True where the token of the row may look at the token of the column."""
@@ -62,3 +67,10 @@ class RowLayout:
             return causal if window is None else causal & (query - key < window)
 
         return visible
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From a CPU to a GPU by pinned memory: nothing waits for what the GPU is doing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
