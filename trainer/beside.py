@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,9 +32,14 @@ from trainer.dev import agent_entry
 T = TypeVar("T")
 Agent = Callable[..., Any] | str
 
+# The key, and what torchrun tells a process about its place among those that train.
+OURS = frozenset({KEY_ENV, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+
 READY_LIMIT_S = 600.0  # an engine may load a large model first
 POLL_S = 0.2
 END_LIMIT_S = 60.0
+PORTS = range(10_000, 32_768)  # below those that systems give to whoever asks for any
+QUIET_S = 15.0  # an evaluation, or an engine that loads, says nothing in metrics.jsonl for minutes
 
 
 @contextmanager
@@ -72,8 +78,8 @@ def _daemon(words: Sequence[str], log: Path) -> Generator[subprocess.Popen[bytes
             stdin=subprocess.PIPE,  # a lifeline: its end tells that we are gone
             stdout=output,
             stderr=output,
-            # Each daemon finds the key of its own role; ours is none of theirs.
-            env={name: value for name, value in os.environ.items() if name != KEY_ENV} | {LIFELINE: "1"},
+            # Each daemon finds the key of its own role, ours is none of theirs; and it is no rank of this trainer.
+            env={name: value for name, value in os.environ.items() if name not in OURS} | {LIFELINE: "1"},
             start_new_session=True,  # a Ctrl-C is ours; we end what we started
         )
     try:
@@ -123,6 +129,17 @@ def _check_alive(daemon: subprocess.Popen[bytes] | None) -> None:
         raise BrokenError(f"what was started for this run has ended (exit code {daemon.returncode}):\n{tail}")
 
 
+def name_of(agent: Callable[..., Any]) -> str:
+    """Return "module:function" under which another process finds this very function, or "" where none does."""
+    module, path = getattr(agent, "__module__", ""), getattr(agent, "__qualname__", "")
+    found: Any = sys.modules.get(module)
+    if module in ("", "__main__") or "<" in path or not path or getattr(found, "__file__", None) is None:
+        return ""
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return f"{module}:{path}" if found is agent else ""
+
+
 async def run_here(agent: Agent, bus: str, gateway: str, file: RunFile, n_workers: int) -> None:
     """Run the agent in an event loop and threads of its own, so that a step of training does not hold it up."""
     worker: Any = msgspec.to_builtins(file.sections["worker"])
@@ -150,12 +167,14 @@ async def run_here(agent: Agent, bus: str, gateway: str, file: RunFile, n_worker
 
 
 class Watch:
-    """Tells each new line of metrics.jsonl in words."""
+    """Tells each new line of metrics.jsonl in words, and after QUIET_S without one what the daemons say of themselves."""
 
-    def __init__(self, directory: Path, say: Callable[[str], None]) -> None:
-        self._path = directory / "metrics.jsonl"
+    def __init__(self, directory: Path, say: Callable[[str], None], now_s: Callable[[], float] = monotonic_s) -> None:
+        self._path, self._daemons = directory / "metrics.jsonl", directory / "logs" / "up.log"
         self._say = say
-        self._told = len(self._lines())  # in an earlier life of the run
+        self._now_s = now_s
+        self._told, self._heard = len(_whole_lines(self._path)), len(_whole_lines(self._daemons))  # in earlier lives
+        self._told_s = now_s()
 
     async def run(self) -> None:
         while True:
@@ -163,20 +182,31 @@ class Watch:
             await anyio.sleep(1.0)
 
     def look(self) -> None:
-        lines = self._lines()
+        lines = _whole_lines(self._path)
         for line in lines[self._told :]:
             self._say(_in_words(json.loads(line)))
-        self._told = len(lines)
+        if len(lines) > self._told:
+            self._told, self._told_s = len(lines), self._now_s()
+        elif self._now_s() - self._told_s >= QUIET_S:
+            said = _whole_lines(self._daemons)
+            if len(said) > self._heard:
+                self._say(f"     ... {said[-1]}")
+            self._heard, self._told_s = len(said), self._now_s()
 
-    def _lines(self) -> list[str]:
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        return text[: text.rfind("\n") + 1].splitlines()  # one may be half written
+
+def _whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file that may not be there, but for one that is half written."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
 
 
 def _in_words(line: Mapping[str, Any]) -> str:
     said = f"{line['phase']:>8} step {line['step']:<4} version {line['version']:<4}"
     keys = ("reward_mean", "held_out_success", "loss", "grad_norm", "staleness_mean", "tokens_per_s", "idle_share")
-    return said + "".join(f"  {name} {line[name]:.3g}" for name in keys if name in line)
+    said += "".join(f"  {name} {line[name]:.3g}" for name in keys if name in line)
+    if line.get("rows") == 0:  # the first thing that goes wrong for a newcomer, and nothing else would say it
+        reasons = ", ".join(f"{reason} {count}" for reason, count in line["dropped"].items())
+        said += f"  nothing to learn from, left out: {reasons or 'nothing, for there was nothing'}"
+    return said
 
 
 def run_to_end(main: Callable[[], Awaitable[T]]) -> T:
@@ -204,8 +234,14 @@ def run_to_end(main: Callable[[], Awaitable[T]]) -> T:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Return ports that nobody listens on now, and that nobody gets by chance before they are bound.
+
+    Raises BrokenError when there are not so many.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise BrokenError(f"of the ports {PORTS.start} to {PORTS.stop - 1} no {count} are free")

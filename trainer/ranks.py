@@ -1,6 +1,7 @@
 """The processes that train one policy together, and how one of them leads.
 
-    torchrun --nproc-per-node 4 -m lightning_bus.cli train RUN.toml
+    [train] processes = 4                                              in RUN.toml: the first process starts the others
+    torchrun --nproc-per-node 4 -m lightning_bus.cli train RUN.toml    the same, and over several machines
 
 Rank 0 leads: it alone talks to the bus and to engines, and its loop is the one of a single process. What ranks must do
 together (a step, a checkpoint, putting weights together) tells the others by itself, see `lead`; they do nothing but
@@ -20,9 +21,18 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] - where torch documents them
+
+from lightning_bus import ConfigError
+
+# Where a process that its trainer started meets it: host:port of the store that torchrun would have.
+MEETING = "LIGHTNING_BUS_MEETING"
+MEETING_LIMIT = timedelta(minutes=30)  # as torchrun's; one that has died is noticed earlier
+
+POLICY = "policy"  # the name of the model that is trained, among those that ranks keep together
 
 # A rank waits for the leader's next order for as long as rollouts take. One that dies is noticed at once: its
-# connections close, and torchrun ends the others.
+# connections close, and who started the ranks ends the others.
 ORDER_LIMIT = timedelta(days=30)
 
 
@@ -43,22 +53,37 @@ class World:
         return self.rank == 0
 
 
-def join(device: str = "auto") -> World:
-    """Join the processes that torchrun started, and return this one's place; alone where it started none.
+def join(device: str = "auto", store: Store | None = None, size: int = 1) -> World:
+    """Join the processes that were started to train together, and return this one's place; alone where none were.
 
     device  "cpu", "cuda", or "auto": a GPU for each rank of this machine where there is one
+    store   where the others meet this process, which started them (`launch.other_ranks`), as the first of `size`. None:
+            torchrun, or the first process, started this one
+
+    Returns once all are there. Raises ConfigError for a rank without a GPU of its own.
     """
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size = (0, size) if store else (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    local = 0 if store else int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {rank} is number {local} on this machine, which has {torch.cuda.device_count()} GPUs: start as many "
+            "processes as there are GPUs, or train on CPUs (train.device)"
+        )
     place = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(place)
     if size == 1:
         return World(device=place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
+    if store is None and MEETING in os.environ:
+        host, _, port = os.environ[MEETING].rpartition(":")
+        store = TCPStore(host, int(port), size, timeout=MEETING_LIMIT)
+    given = {} if store is None else {"store": store, "rank": rank, "world_size": size}  # else torchrun's environment
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, device_id=place if on_gpu else None, **given)
     orders = dist.new_group(backend="gloo", timeout=ORDER_LIMIT)
     assert isinstance(orders, dist.ProcessGroup)
-    return World(dist.get_rank(), dist.get_world_size(), place, orders)
+    return World(rank, size, place, orders)
 
 
 def leave() -> None:
@@ -94,20 +119,23 @@ def everyone(said: Any) -> list[Any]:
 
 def led(model: torch.nn.Module) -> World | None:
     """The world that this process leads with the model; None where it is alone, or one of those that follow."""
-    return getattr(model, "_led_world", None)
+    return getattr(model, "_led", (None, ""))[0]
 
 
-def take_the_lead(model: torch.nn.Module, world: World) -> None:
-    """From now on, what is done with this model by functions that `lead` is done by all ranks."""
+def take_the_lead(model: torch.nn.Module, world: World, name: str = POLICY) -> None:
+    """From now on, what is done with this model by functions that `lead` is done by all ranks.
+
+    name  of the model, by which the others know theirs
+    """
     if world.size > 1 and world.leads:
-        setattr(model, "_led_world", world)  # noqa: B010 - a module's attributes are typed as its parts
+        setattr(model, "_led", (world, name))  # noqa: B010 - a module's attributes are typed as its parts
 
 
 def lead(model: torch.nn.Module, what: str, **given: Any) -> None:
     """Tell the other ranks to do `what`, if this process leads any. To be called first by whatever ranks do together."""
-    world = led(model)
+    world, name = getattr(model, "_led", (None, ""))
     if world is not None:
-        tell(world, [what, given])
+        tell(world, [what, name, given])
 
 
 def tell(world: World, order: Any) -> None:

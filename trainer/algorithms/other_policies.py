@@ -22,11 +22,8 @@ from transformers import PreTrainedModel
 from lightning_bus.adapters import Row
 from trainer.algorithms.base import Algorithm
 from trainer.data.batch import PackedBatch, pack_rows
-from trainer.optimize.parallel import run
-from trainer.optimize.step import on_device
-from trainer.policy.build import build_policy
-from trainer.policy.logprob import token_scores
-from trainer.policy.lora import without_adapter
+from trainer.optimize.following import reference_beside
+from trainer.optimize.scoring import logprobs_of
 from trainer.policy.model import has_adapter, load_tokenizer, save_policy
 from trainer.session import Session
 
@@ -53,8 +50,7 @@ class OtherPolicies:
         if self._reference is not None:
             reference = row_logprobs(self._reference, rows, budget)
         elif self._algorithm.wants_reference:
-            with without_adapter(model):
-                reference = row_logprobs(model, rows, budget)
+            reference = row_logprobs(model, rows, budget, with_adapter=False)
         return Scored({_key(row): at for at, row in enumerate(rows)}, reference, proximal)
 
 
@@ -84,16 +80,19 @@ class Scored:
         return torch.cat([by_row[self.at[_key(rows[index])]] for index in pack.row_indices])
 
 
-def row_logprobs(model: PreTrainedModel, rows: Sequence[Row], token_budget: int) -> list[Tensor]:
-    """Return, for each row, (K,) float32 the log-probs of its trained tokens at their temperatures, on the CPU."""
+def row_logprobs(
+    model: PreTrainedModel, rows: Sequence[Row], token_budget: int, *, with_adapter: bool = True
+) -> list[Tensor]:
+    """Return, for each row, (K,) float32 the log-probs of its trained tokens at their temperatures, on the CPU.
+
+    with_adapter  False: without the adapter that the model has, as its base
+    """
     found: list[Tensor] = [torch.zeros(0)] * len(rows)
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        for pack in pack_rows(rows, [0.0] * len(rows), token_budget=token_budget):
-            scores = run(model, token_scores, model, on_device(pack, device))
-            lengths = [int(rows[index].trained.sum()) for index in pack.row_indices]
-            for index, logprobs_K in zip(pack.row_indices, scores.logprobs_K.cpu().split(lengths), strict=True):
-                found[index] = logprobs_K
+    packs = pack_rows(rows, [0.0] * len(rows), token_budget=token_budget)
+    for pack, pack_logprobs_K in zip(packs, logprobs_of(model, packs, with_adapter=with_adapter), strict=True):
+        lengths = [int(rows[index].trained.sum()) for index in pack.row_indices]
+        for index, logprobs_K in zip(pack.row_indices, pack_logprobs_K.split(lengths), strict=True):
+            found[index] = logprobs_K
     return found
 
 
@@ -105,6 +104,4 @@ def _reference(session: Session) -> PreTrainedModel:
     directory: Path = session.directory / "reference"
     if not directory.exists():
         save_policy(session.model, load_tokenizer(session.directory / "policy"), directory)
-    device = next(session.model.parameters()).device
-    reference = build_policy(session.policy, directory, device=str(device))
-    return reference.eval().requires_grad_(False)
+    return reference_beside(session.model, session.policy, directory)

@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.optimize.optimizer import Optimizer, shard_like
 from trainer.policy.model import named_weights, sync
-from trainer.ranks import lead
+from trainer.ranks import lead, led
 
 Part = tuple[torch.nn.Module, Optimizer]
 
@@ -117,7 +117,8 @@ def save(
     for name in parts:
         if not name or "/" in name or name in ("model", "optimizer", "state"):
             raise ValueError(f"a part of a checkpoint cannot be called {name!r}: choose a word such as 'critic'")
-    lead(model, "save")
+    # A part that this process has for itself is no business of the other ranks.
+    lead(model, "save", parts=[name for name, (module, _) in parts.items() if led(module)])
     tensors: dict[str, Tensor] = {}
     for name, (module, its_optimizer) in {"": (model, optimizer), **parts}.items():
         prefix = f"{name}/" if name else ""
@@ -206,7 +207,8 @@ def load(
     checkpoint that is damaged, of another model, or without a part that is asked for, and OSError for one that
     cannot be read.
     """
-    lead(model, "load", path=str(path.absolute()), optimizer=optimizer is not None)
+    together = [name for name, (module, _) in (parts or {}).items() if led(module)]
+    lead(model, "load", path=str(path.absolute()), optimizer=optimizer is not None, parts=together)
     stored = read(path)
     wanted: dict[str, tuple[tuple[torch.nn.Module, Optimizer | None], Stored | StoredPart]] = {
         "": ((model, optimizer), stored)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def shard(model: PreTrainedModel, world: World, *, compute_dtype: torch.dtype | None = None) -> None:
+def shard(
+    model: torch.nn.Module,
+    world: World,
+    *,
+    backbone: PreTrainedModel | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
     """Cut every weight of the model into one part for each rank, in place; build the optimiser afterwards.
 
+    backbone       the part of it with the decoder layers, where it is not a causal LM itself: of a critic
     compute_dtype  what the layers compute in, bfloat16 for instance, from casts of the float32 master weights: then 16
                    bits are gathered. None: the weights' own
 
@@ -47,7 +54,7 @@ def shard(model: PreTrainedModel, world: World, *, compute_dtype: torch.dtype | 
     mixed = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None, cast_forward_inputs=False
     )
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(backbone or cast(PreTrainedModel, model)):
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     fully_shard(model, mesh=mesh, mp_policy=mixed)
     # The head runs in chunks, outside of the model's forward. Through this method what computes with it counts as one,
@@ -74,25 +81,29 @@ def loss_name(loss: Callable[..., Any]) -> str:
 
 def packed(pack: PackedBatch) -> dict[str, Any]:
     """Return a pack as msgpack can say it."""
-    return {field.name: _plain(getattr(pack, field.name)) for field in fields(pack)}
+    return {field.name: said_tensor(getattr(pack, field.name)) for field in fields(pack)}
 
 
 def unpacked(said: dict[str, Any]) -> PackedBatch:
     """Return the pack that `packed` said."""
-    return PackedBatch(**{name: _unplain(value) for name, value in said.items()})
+    return PackedBatch(**{name: unsaid_tensor(value) for name, value in said.items()})
 
 
-def _plain(value: Any) -> Any:
+def said_tensor(value: Any) -> Any:
+    """Return a tensor of one axis as msgpack can say it; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
     return {"tensor": [str(value.dtype).removeprefix("torch."), value.cpu().numpy().tobytes()]}
 
 
-def _unplain(value: Any) -> Any:
+def unsaid_tensor(value: Any) -> Any:
+    """Return what `said_tensor` said, on the CPU; lists as tuples."""
     if not isinstance(value, dict):
         return tuple(value) if isinstance(value, list) else value
     dtype, raw = value["tensor"]
-    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype))  # every tensor of a pack is (T,)
+    if not raw:
+        return torch.zeros(0, dtype=getattr(torch, dtype))
+    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype))
 
 
 def _through(self: torch.nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -26,11 +26,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from trainer.data.batch import PackedBatch
+from trainer.data.batch import PackedBatch, idle_pack
 from trainer.optimize.optimizer import Optimizer
+from trainer.optimize.parallel import packed, said_tensor
+from trainer.optimize.scoring import of_each_pack
 from trainer.optimize.step import on_device
 from trainer.policy.logprob import hidden_states
 from trainer.policy.model import has_adapter, load_policy
+from trainer.ranks import everyone, lead, led, num_ranks
 
 # N rows, L tokens of one of them, T packed tokens, K scored tokens, D model width.
 
@@ -61,7 +64,8 @@ class Critic(torch.nn.Module):
         shared = self.backbone is None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not shared):
             hidden_TD = hidden_states(self._trunk[0], pack)
-        return self.head(hidden_TD.to(self.head.weight.dtype)).squeeze(-1)
+        # A copy: FSDP2 warns of views.
+        return self.head(hidden_TD.to(self.head.weight.dtype)).squeeze(-1).clone()
 
 
 def critic_of(policy: PreTrainedModel, *, kind: CriticKind = "own", directory: Path | None = None) -> Critic:
@@ -115,12 +119,19 @@ def row_values(critic: Critic, packs: Sequence[PackedBatch], num_rows: int) -> l
     The value of the state in which token s was sampled is found at s − 1; that after the row's end at L − 1.
     """
     found: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * num_rows
-    with torch.no_grad():
-        for pack in packs:
-            by_row = critic(on_device(pack, critic.head.weight.device)).float().cpu().split(pack.row_lengths)
-            for index, values_L in zip(pack.row_indices, by_row, strict=True):
-                found[index] = values_L.numpy()
+    for pack, values_T in zip(packs, pack_values(critic, packs), strict=True):
+        for index, values_L in zip(pack.row_indices, values_T.split(pack.row_lengths), strict=True):
+            found[index] = values_L.numpy()
     return found
+
+
+def pack_values(critic: Critic, packs: Sequence[PackedBatch]) -> list[Tensor]:
+    """Return for each pack (T,) what the critic says, float32, without a gradient, on the CPU.
+
+    packs  on the leader of several ranks all of them, else this rank's
+    """
+    device = critic.head.weight.device
+    return of_each_pack(critic, packs, lambda pack: critic(on_device(pack, device)).float(), "values")
 
 
 def value_loss(
@@ -182,34 +193,75 @@ def value_step(
 
     A step whose loss or gradient is not finite changes nothing but the optimiser's counter.
     """
-    denominator = math.fsum(pack.denominator for pack in packs)
+    laid = [_laid_out(pack, targets, old_values) for pack in packs]
+    return packs_step(critic, optimizer, packs, [one for one, _ in laid], [one for _, one in laid], clip=clip)
+
+
+def packs_step(
+    critic: Critic,
+    optimizer: Optimizer,
+    packs: Sequence[PackedBatch],
+    targets: Sequence[Tensor],
+    old_values: Sequence[Tensor],
+    *,
+    clip: float,
+) -> ValueMetrics:
+    """As `value_step`, with targets and old values laid out as each pack's tokens are, (T,) by the token they are after.
+
+    packs  on the leader of several ranks all of them, else this rank's, as many as every other rank has
+    """
+    ranks = num_ranks() if isinstance(critic, FSDPModule) else 1
+    if led(critic) is not None:
+        idle = -len(packs) % ranks
+        packs = [*packs, *(idle_pack() for _ in range(idle))]
+        targets, old_values = ([*some, *(torch.zeros(1) for _ in range(idle))] for some in (targets, old_values))
+        lead(
+            critic, "value_step", packs=[packed(pack) for pack in packs], targets=[said_tensor(one) for one in targets],
+            old_values=[said_tensor(one) for one in old_values], clip=clip,
+        )  # fmt: skip
+        packs, targets, old_values = packs[::ranks], targets[::ranks], old_values[::ranks]
+    denominator = _over_ranks(ranks, math.fsum(pack.denominator for pack in packs))
     if not denominator > 0:
         raise ValueError(f"{len(packs)} packs hold no trained tokens: there is nothing to value")
     device = critic.head.weight.device
     losses: list[Tensor] = []
     clipped = 0.0
     optimizer.zero_grad()
-    for pack in (on_device(pack, device) for pack in packs):
+    for pack, targets_T, old_values_T in zip(packs, targets, old_values, strict=True):
+        pack = on_device(pack, device)
         mask_T = pack.trained_T
         values_K = critic(pack)[mask_T]
-        # Targets are laid out by the token that they are before, values by the one that they are after.
-        targets_T = torch.cat([torch.from_numpy(np.roll(targets[row], -1)) for row in pack.row_indices])
-        old_values_T = torch.cat([torch.from_numpy(old_values[row]) for row in pack.row_indices])
         loss_K, clipped_K = value_loss(
             values_K,
             targets_T.to(values_K.device, values_K.dtype)[mask_T],
             old_values_T.to(values_K.device, values_K.dtype)[mask_T],
             clip=clip,
         )
-        pack_loss = (loss_K * pack.weights_T[mask_T]).sum() / denominator
+        # FSDP averages gradients over ranks; what is wanted is their sum.
+        pack_loss = (loss_K * pack.weights_T[mask_T]).sum() / (denominator / ranks)
         pack_loss.backward()
-        losses.append(pack_loss.detach())
+        losses.append(pack_loss.detach() / ranks)
         clipped += float((clipped_K * pack.weights_T[mask_T]).sum()) / denominator
-    loss = math.fsum(float(one) for one in losses)
+    loss = _over_ranks(ranks, math.fsum(float(one) for one in losses))
     grad_norm = optimizer.clip()
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     if applied:
         optimizer.step()
     else:
         optimizer.skip()
-    return ValueMetrics(applied, loss, clipped, grad_norm)
+    return ValueMetrics(applied, loss, _over_ranks(ranks, clipped), grad_norm)
+
+
+def _laid_out(
+    pack: PackedBatch, targets: Sequence[NDArray[np.floating]], old_values: Sequence[NDArray[np.floating]]
+) -> tuple[Tensor, Tensor]:
+    """Both of a pack's rows, (T,) each, by the token that they are after: targets come by the one that they are before."""
+    return (
+        torch.cat([torch.from_numpy(np.roll(targets[row], -1)) for row in pack.row_indices]),
+        torch.cat([torch.from_numpy(old_values[row]) for row in pack.row_indices]),
+    )
+
+
+def _over_ranks(ranks: int, mine: float) -> float:
+    """The sum of what all ranks that keep the critic together have; this process's own where it is alone."""
+    return mine if ranks == 1 else math.fsum(everyone(mine))

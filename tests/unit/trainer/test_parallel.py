@@ -23,6 +23,8 @@ from trainer.ranks import World, everyone
 
 ROOT = Path(__file__).parents[3]
 
+pytestmark = pytest.mark.timeout(1200)  # the first of these tests waits for both processes
+
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> dict[str, dict]:
@@ -30,7 +32,7 @@ def two_ranks(tmp_path_factory) -> dict[str, dict]:
     out = tmp_path_factory.mktemp("ranks") / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     ended = subprocess.run(
-        [*command, "-m", "tests.unit.trainer.ranks", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*command, "-m", "tests.unit.trainer.ranks", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert ended.returncode == 0, ended.stderr
     return msgspec.msgpack.decode(out.read_bytes())
@@ -97,10 +99,32 @@ def test_a_loop_of_one_process_leads_the_others_by_itself(two_ranks, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_leaders_critic_learns_as_that_of_one_process_does(two_ranks, tmp_path):
-    one = ranks.critic(World(), tmp_path / "one")
-    assert two_ranks["critic"]["lines"] == pytest.approx(one["lines"], rel=1e-5)
-    assert two_ranks["critic"]["kept"] == one["kept"]
+def test_an_adapter_its_base_and_a_reference_say_and_learn_what_they_do_in_one_process(two_ranks, tmp_path):
+    two, one = two_ranks["adapter"], ranks.adapter(World(), tmp_path / "one")
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-9)
+    assert two["kept"] == one["kept"]
+    for name in ("adapted", "base"):
+        np.testing.assert_allclose(two["scores"][name], one["scores"][name], rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(two["scores"]["reference"], one["scores"]["reference"], rtol=1e-5)
+    assert np.abs(np.subtract(one["scores"]["adapted"], one["scores"]["base"])).max() > 0.01
+    # The adapter's update is added in float32.
+    assert_same(two["merged"], one["merged"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_the_steps_of_a_critic_are_those_of_one_process(two_ranks, tmp_path):
+    two, one = two_ranks["value_steps"], ranks.value_steps(World(), tmp_path / "one")
+    np.testing.assert_allclose(two["lines"], one["lines"], rtol=1e-9)
+    assert_same(two["gradients"], one["gradients"])
+    assert_same(two["weights"], one["weights"], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_ppo_on_two_ranks_learns_and_resumes_as_in_one_process(two_ranks, tmp_path):
+    two, one = two_ranks["critic"], ranks.critic(World(), tmp_path / "one")
+    assert two["lines"] == pytest.approx(one["lines"], rel=1e-5)
+    assert two["lines"][6:] == two["lines"][4:6]
+    assert two["kept"] == one["kept"]
 
 
 def test_a_pack_survives_the_way_to_another_rank():
