@@ -32,6 +32,7 @@ class Row:
     version_newest: int
     span_ids: tuple[bytes, ...]  # (C,) the model calls in it, in order
     sampled: tuple[tuple[int, int], ...] = ()  # (C,) from where to where each call's response lies
+    versions: tuple[int, ...] = ()  # (C,) the oldest weights that sampled from each call's response; -1: not numbered
     policy: str = ""  # which policy it trains, where several are trained; "": the one
     advantages: NDArray[np.float32] | None = (
         None  # (L,) of the call that a token is of, 0 elsewhere; None: not known yet
@@ -131,7 +132,8 @@ def row_of(calls: Sequence[ModelCall], *, rollout_id: str, attempt: int, group: 
     trained = np.zeros(length, np.bool_)
     logprobs = np.zeros(length, np.float32)
     temperatures = np.ones(length, np.float32)
-    versions: list[int] = []
+    oldest: list[int] = []
+    newest: list[int] = []
     sampled: list[tuple[int, int]] = []
     for call in calls:
         end = call.tokens
@@ -142,10 +144,12 @@ def row_of(calls: Sequence[ModelCall], *, rollout_id: str, attempt: int, group: 
         sampled.append((start, end))
         # A call that does not say which weights sampled it makes the row one of unknown age.
         # A part without tokens, of an answer that was begun and asked for again, sampled nothing.
-        versions += [_number(version) for version, first, past in call.weight_versions if first < past] or (-1,)
+        versions = [_number(version) for version, first, past in call.weight_versions if first < past] or (-1,)
+        oldest.append(min(versions))
+        newest.append(max(versions))
     return Row(
-        rollout_id, attempt, group, token_ids, trained, logprobs, temperatures, min(versions), max(versions),
-        tuple(call.span_id for call in calls), tuple(sampled), policy,
+        rollout_id, attempt, group, token_ids, trained, logprobs, temperatures, min(oldest), max(newest),
+        tuple(call.span_id for call in calls), tuple(sampled), tuple(oldest), policy,
     )  # fmt: skip
 
 

@@ -132,6 +132,10 @@ class Algorithm(ABC):
         """
         return [rows]
 
+    def num_updates(self, steps: int) -> int:
+        """Return how many updates so many steps come to: where a schedule of the learning rate ends, unless it says."""
+        return steps
+
     def parts(self) -> Mapping[str, Part]:
         """Return what a checkpoint keeps beside the policy: modules with their optimisers; counters are buffers."""
         return {}

@@ -2,6 +2,7 @@
 
 algorithm = "grpo"              one of ours, with [train.rl.options] for its fields
 algorithm = "mine:Mine"         a class of your own, called with [train.rl.options]
+algorithm = "passed:mine.Mine"  an object that was handed to Trainer(algorithm=…) and that nothing of the above can say
 no algorithm                    what `loss`, `scale` and `normalise` say, compared by [credit] estimator
 """
 
@@ -18,11 +19,18 @@ from trainer.algorithms.policy_gradients import CISPO, GRPO, PolicyGradient, Rei
 from trainer.config import ALGORITHMS, RlSection
 from trainer.loading import import_named
 
+PASSED = "passed:"
+
 
 def algorithm_of(config: RlSection, credit: CreditSection) -> Algorithm:
     """Return the algorithm of a run, under its [credit]. Raises ConfigError naming key, value and way out."""
     if not config.algorithm:
         return _by_loss(config, credit).credited(credit)
+    if config.algorithm.startswith(PASSED):
+        raise ConfigError(
+            f"this run learns by an object, {config.algorithm.removeprefix(PASSED)}, that a run file cannot describe: go on "
+            "with Trainer(algorithm=that object).fit(resume=True). A dataclass in a module of its own can be described"
+        )
     kind = import_named(ALGORITHMS.get(config.algorithm, config.algorithm), "train.rl.algorithm")
     if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
         raise ConfigError(
@@ -33,18 +41,26 @@ def algorithm_of(config: RlSection, credit: CreditSection) -> Algorithm:
 
 
 def described(algorithm: Algorithm) -> dict[str, Any]:
-    """Return the keys of [train.rl] that make such an algorithm; none where TOML, or another process, cannot say it."""
+    """Return the keys of [train.rl] that make such an algorithm, or say that TOML, or another process, cannot make it."""
     kind = type(algorithm)
-    source = f"{kind.__module__}:{kind.__qualname__}"
-    if not dataclasses.is_dataclass(algorithm) or kind.__module__ == "__main__" or "<" in source:
-        return {}
+    source, passed = f"{kind.__module__}:{kind.__qualname__}", f"{PASSED}{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__ == "__main__" or "<" in source:
+        return {"algorithm": passed}
+    if not dataclasses.is_dataclass(algorithm):
+        plain = kind.__init__ is object.__init__ and not vars(algorithm)  # made of nothing, and nothing was put on it
+        return {"algorithm": source if plain else passed}
     fields = [field for field in dataclasses.fields(algorithm) if field.init and field.name != "credit"]
     given = {field.name: getattr(algorithm, field.name) for field in fields}
     options = {field.name: given[field.name] for field in fields if given[field.name] != field.default}
     if any(value is None for value in options.values()):
-        return {}
+        return {"algorithm": passed}
     names = {path: name for name, path in ALGORITHMS.items()}
     return {"algorithm": names.get(source, source), "options": msgspec.to_builtins(options)}
+
+
+def can_be_described(algorithm: Algorithm) -> bool:
+    """Whether a run file can say all of this algorithm, so that another process makes the same one."""
+    return not described(algorithm)["algorithm"].startswith(PASSED)
 
 
 def _by_loss(config: RlSection, credit: CreditSection) -> PolicyGradient:

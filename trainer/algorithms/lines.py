@@ -1,4 +1,4 @@
-"""What a step's line in metrics.jsonl says of its batch and of its updates. Names and meanings: docs/training.md."""
+"""What a step's line in metrics.jsonl says of its batch and of its updates. Names and meanings: docs/metrics.md."""
 
 from __future__ import annotations
 

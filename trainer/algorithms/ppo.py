@@ -27,14 +27,13 @@ from trainer.algorithms.token_credit import Bootstrap, Level, token_credit, turn
 from trainer.data.batch import PackedBatch, pack_rows
 from trainer.optimize import losses
 from trainer.optimize.checkpoint import Part
+from trainer.optimize.following import critic_beside
 from trainer.optimize.losses import PolicyTerm
 from trainer.optimize.optimizer import Optimizer
 from trainer.policy.critic import (
     Critic,
     CriticKind,
     ValueMetrics,
-    can_be_copied,
-    critic_of,
     explained_variance,
     row_values,
     value_step,
@@ -64,8 +63,8 @@ class PPO(PolicyLoss):
     """Proximal policy optimisation, with values by a critic.
 
     critic               "own": a model of its own, from a copy of the policy's backbone. "head": a head on the policy's
-                         hidden states, without a gradient into them. Beside an adapter, or under torchrun, "own" begins
-                         from the run's first policy; the first process has it for itself
+                         hidden states, without a gradient into them, on one device only. Beside an adapter "own" begins
+                         from the run's first policy. Where several processes train it is sharded as the policy is
     critic_model         directory of another model to begin the critic from, with the same token ids; "": the policy
     critic_lr            of the critic's AdamW, without a warm-up; the rest is as [train.rl] has it
     critic_warmup_steps  steps at the beginning in which only the critic learns
@@ -147,13 +146,11 @@ class PPO(PolicyLoss):
         if num_ranks() > 1 and self.critic == "head":
             raise ConfigError(
                 "train.rl.options.critic = 'head' reads the policy's hidden states, which are computed by "
-                f"{num_ranks()} processes together: choose 'own', which the first of them has for itself."
+                f"{num_ranks()} processes together: choose 'own', which they keep as they keep the policy."
             )
         directory = Path(self.critic_model) if self.critic_model else None
-        if directory is None and self.critic == "own" and not can_be_copied(setting.model):
-            directory = setting.directory
         try:
-            critic = critic_of(setting.model, kind=self.critic, directory=directory)
+            critic = critic_beside(setting.model, self.critic, directory, setting.directory)
         except ValueError as exc:
             raise ConfigError(f"train.rl.options critic: {exc}") from exc
         optimizer = Optimizer(
@@ -225,6 +222,9 @@ class PPO(PolicyLoss):
             return self._now.dealt
         even = {_key(row): row for row in whitened(rows)}
         return [[even[_key(row)] for row in part] for part in self._now.dealt]
+
+    def num_updates(self, steps: int) -> int:
+        return max(1, steps - self.critic_warmup_steps) * self.epochs * self.minibatches
 
     # -- how
 

@@ -21,15 +21,15 @@ from typing import Any
 
 import anyio.to_thread
 
-from lightning_bus import ConfigError, CreditSection
-from lightning_bus.adapters import Row, Selection
+from lightning_bus import ConfigError
+from lightning_bus.adapters import Row
 from trainer.algorithms import lines
 from trainer.algorithms.admission import keep_running_ahead
 from trainer.algorithms.base import Algorithm, Setting
 from trainer.algorithms.batches import Batch, next_batch, rows_and_advantages
-from trainer.algorithms.chosen import algorithm_of
 from trainer.algorithms.evaluate import evaluate
 from trainer.algorithms.other_policies import OtherPolicies
+from trainer.algorithms.ppo import PPO
 from trainer.config import RlSection
 from trainer.data.batch import PackedBatch, pack_rows
 from trainer.data.stream import RolloutStream
@@ -46,12 +46,9 @@ async def reinforce(
     stream: RolloutStream,
     tasks: Sequence[Any],
     held_out: Sequence[Any],
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm,
 ) -> None:
-    """Train until `steps_max`, or until the reward of the last steps reaches `stop_reward`.
-
-    algorithm  default: the one that [train.rl] names
-    """
+    """Train until `steps_max`, or until the reward of the last steps reaches `stop_reward`."""
     config, progress = session.train.rl, session.progress
     learner = await anyio.to_thread.run_sync(Learner, session, algorithm)
     while progress.step < config.steps_max and not _good_enough(progress.rewards, config):
@@ -101,20 +98,21 @@ async def reinforce(
 class Learner:
     """What learns in this loop: the policy by its optimiser, and what the algorithm has beside it. Not async."""
 
-    def __init__(self, session: Session, algorithm: Algorithm | None = None) -> None:
+    def __init__(self, session: Session, algorithm: Algorithm) -> None:
         """Take everything up where the checkpoint left it. Raises ConfigError for what cannot be trained like this."""
-        config, credit = session.train.rl, session.run.section(CreditSection)
-        Selection.of(credit.agents)  # what is no pattern is told now rather than when the first group is complete
-        self.algorithm = algorithm_of(config, credit) if algorithm is None else algorithm.credited(credit)
+        config = session.train.rl
+        self.algorithm = algorithm
         _refuse_ranks(session, self.algorithm)
         self.optimizer = Optimizer(
             session.model,
             lr=config.lr,
             kind=config.optimizer,
+            betas=config.betas,
+            momentum=config.momentum,
             weight_decay=config.weight_decay,
             warmup_updates=config.warmup_updates,
             schedule=config.schedule,
-            total_updates=config.schedule_updates or config.steps_max,
+            total_updates=config.schedule_updates or self.algorithm.num_updates(config.steps_max),
             grad_norm_max=config.grad_norm_max,
         )
         self._session = session
@@ -176,12 +174,11 @@ class Learnt:
 
 
 def _refuse_ranks(session: Session, algorithm: Algorithm) -> None:
-    """Raise ConfigError where several ranks train and the algorithm computes with models that only the leader has."""
-    beside = type(algorithm).prepare is not Algorithm.prepare
-    if led(session.model) is not None and (beside or algorithm.wants_reference or algorithm.wants_proximal):
+    """Raise ConfigError where several ranks train and the algorithm has something that only the leader knows of."""
+    if led(session.model) is not None and type(algorithm).prepare not in (Algorithm.prepare, PPO.prepare):
         raise ConfigError(
-            f"{num_ranks()} ranks train, and {type(algorithm).__name__} computes with a critic, a reference or a proximal "
-            "policy, which is not sharded: start it on one device, without torchrun"
+            f"{num_ranks()} processes train, and {type(algorithm).__name__} prepares something of its own beside the "
+            "policy, which the others would not know of: train it in one process"
         )
 
 

@@ -10,6 +10,7 @@ interrupted epoch is run again as it was.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import anyio.to_thread
 from lightning_bus import ConfigError, CreditSection
 from lightning_bus.adapters import Row, scored
 from trainer.algorithms import lines
+from trainer.config import check_schedule
 from trainer.data.batch import pack_rows
 from trainer.data.chats import chat_rows
 from trainer.data.filters import drop_failed, drop_long, drop_unscored
@@ -28,7 +30,7 @@ from trainer.optimize.optimizer import Optimizer
 from trainer.optimize.step import StepMetrics, train_step
 from trainer.policy.model import load_tokenizer
 from trainer.ranks import num_ranks
-from trainer.refusals import refuse_lengths, refuse_tokens
+from trainer.refusals import as_config_error, refuse_lengths, refuse_tokens
 from trainer.serving.chat import ChatFormat
 from trainer.serving.engine import end_ids
 from trainer.session import Session, trained_record
@@ -49,9 +51,7 @@ async def imitate(
     refuse_tokens(every, session.model)
     refuse_lengths([len(row.token_ids) for row in every], session.train.token_budget)
     rows, dropped = (kept := drop_long(every, tokens_max=session.train.token_budget)).items, kept.dropped
-    optimizer = Optimizer(
-        session.model, lr=config.lr, weight_decay=config.weight_decay, warmup_updates=config.warmup_updates
-    )
+    optimizer = _optimizer(session, updates=config.epochs * math.ceil(len(rows) / config.batch_rollouts))
     if progress.phase != "sft":
         progress.phase, progress.step = "sft", 0
     session.restore_optimizer(optimizer)
@@ -81,6 +81,26 @@ async def imitate(
     await anyio.to_thread.run_sync(session.checkpoint, optimizer)
     await session.publish()
     await session.retain()
+
+
+def _optimizer(session: Session, *, updates: int) -> Optimizer:
+    """Return what [train.sft] asks for; updates: of all epochs, where the schedule ends unless the section says."""
+    config = session.train.sft
+    total_updates = config.schedule_updates or updates
+    with as_config_error("train.sft"):
+        check_schedule(config.schedule, config.warmup_updates, total_updates, "updates of all epochs")
+        return Optimizer(
+            session.model,
+            lr=config.lr,
+            kind=config.optimizer,
+            betas=config.betas,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            warmup_updates=config.warmup_updates,
+            schedule=config.schedule,
+            total_updates=total_updates,
+            grad_norm_max=config.grad_norm_max,
+        )
 
 
 def read_conversations(session: Session) -> list[Row]:

@@ -20,7 +20,9 @@ import trainer
 from bench import learning
 from lightning_bus import ConfigError, CreditSection, load_run
 from lightning_bus.adapters import Row, ScoredRollout
-from tests.reference.rows import tiny_llama
+from tests.reference.policy_step import as_float64
+from tests.reference.policy_step import row_logprobs as by_themselves
+from tests.reference.rows import make_rows, tiny_llama
 from tests.unit.trainer.test_rl import a_session, rows_of
 from tests.unit.trainer.test_rl import group as a_group
 from trainer.algorithms.base import Algorithm
@@ -164,9 +166,14 @@ def test_what_is_written_down_of_an_algorithm_makes_the_same_one(kind: Any, opti
     assert algorithm_of(RlSection(**described(made)), CREDIT) == made
 
 
-def test_what_toml_or_another_process_cannot_say_is_not_written_down() -> None:
-    assert described(Reinforce(ratio_max=None)) == {}
-    assert described(Half()) == {}
+def test_what_toml_or_another_process_cannot_say_is_never_taken_for_another_algorithm() -> None:
+    class Local(Half): ...
+
+    for algorithm in (Reinforce(ratio_max=None), Wants(1), Local()):
+        said = described(algorithm)
+        with pytest.raises(ConfigError, match=rf"an object, .*{type(algorithm).__name__}, .*fit\(resume=True\)"):
+            algorithm_of(RlSection(**said), CREDIT)
+    assert type(algorithm_of(RlSection(**described(Half())), CREDIT)) is Half, "made of nothing, so its name says all"
 
 
 # -- of one's own ---------------------------------------------------------------------------------------------------
@@ -220,6 +227,14 @@ def test_advantages_that_do_not_fit_are_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # -- other policies ---------------------------------------------------------------------------------------------------
+
+
+def test_other_policies_score_a_token_at_the_temperature_at_which_it_was_sampled() -> None:
+    model, rows = tiny_llama(), make_rows(5, [9, 14, 6])
+    assert len({float(one) for row in rows for one in row.temperatures[row.trained]}) == 3
+    for found_K, row in zip(row_logprobs(model, rows, 20), rows, strict=True):
+        expected_K = [float(logprob.detach()) for logprob, _, _ in by_themselves(as_float64(model), row)]
+        np.testing.assert_allclose(found_K.numpy(), expected_K, atol=1e-4)
 
 
 def test_the_reference_is_the_policy_before_its_first_step_also_for_a_resumed_run(tmp_path: Path) -> None:

@@ -127,6 +127,10 @@ DECOUPLED = {  # with proximal log-probs, corrections are of proximal / behaviou
         compose(gspo(clip_low=0.02, clip_high=0.03), corrections=[icepop(low=0.8, high=1.3)]),
         reference.composed(reference.ppo_clip(0.02, 0.03, level="sequence"), reference.icepop(0.8, 1.3, "token", True)),
     ),
+    "icepop_beside_dppo": (  # whose weight is current / behaviour: proximal / behaviour is in it
+        compose(dppo(mask_low=0.05, mask_high=0.1), corrections=[icepop(low=0.8, high=1.3)]),
+        reference.composed(reference.dppo("tv", 0.05, 0.1, 20.0), reference.icepop(0.8, 1.3, "token", False)),
+    ),
     "off_policy_mask": (
         compose(cispo(clip_low=0.3, clip_high=1.0), corrections=[off_policy_mask(delta=0.02)]),
         reference.composed(reference.weighted(0.7, 2.0), reference.off_policy_mask(0.02)),
@@ -471,6 +475,7 @@ def test_what_cannot_be_meant_is_refused():
         (lambda: compose(cispo(), entropy_bonus=-1.0), "entropy_bonus=-1.0 is outside"),
         (lambda: compose(cispo(), corrections=[tis(), icepop()]), "2 corrections weigh by the same ratio"),
         (lambda: compose(cispo(), corrections=[tis()])(batch()), "tis would count it twice"),
+        (lambda: compose(dppo(), corrections=[tis()]), "whatever proximal log-probs there are"),
         (
             lambda: compose(cispo(), kl=Kl(coefficient=0.1))(replace(batch(), reference_logprobs_K=None)),
             "needs reference_logprobs_K",

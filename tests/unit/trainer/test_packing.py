@@ -100,9 +100,19 @@ def test_a_token_knows_how_old_the_weights_are_that_sampled_it():
     rows = make_rows(2, [5, 6, 7])
     rows = [replace(row, version_oldest=oldest) for row, oldest in zip(rows, (4, 2, -1), strict=True)]
     (pack,) = pack_rows(rows, np.ones(3), token_budget=18, version=4)
-    assert [set(pack.staleness_T[pack.row_T == k].tolist()) for k in range(3)] == [{0}, {2}, {-1}]
+    of_row = [pack.staleness_T[pack.trained_T & (pack.row_T == k)].tolist() for k in range(3)]
+    assert [set(ages) for ages in of_row] == [{0}, {2}, {-1}]
     (pack,) = pack_rows(rows, np.ones(3), token_budget=18)
     assert set(pack.staleness_T.tolist()) == {-1}
+
+
+def test_calls_of_one_row_are_each_as_old_as_the_weights_that_sampled_them():
+    (row,) = make_rows(2, [12])  # trains tokens 3 to 5 and 9 to 11
+    row = replace(row, span_ids=(b"1", b"2"), sampled=((3, 6), (9, 12)), versions=(2, 5), version_oldest=2)
+    (pack,) = pack_rows([row], np.ones(1), token_budget=18, version=5)
+    assert pack.staleness_T[pack.trained_T].tolist() == [3, 3, 3, 0, 0, 0]
+    (pack,) = pack_rows([replace(row, versions=(-1, 7))], np.ones(1), token_budget=18, version=5)
+    assert pack.staleness_T[pack.trained_T].tolist() == [-1, -1, -1, 0, 0, 0]
 
 
 def test_logprobs_of_other_policies_land_on_the_tokens_that_they_are_of():

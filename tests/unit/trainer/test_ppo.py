@@ -252,6 +252,15 @@ def test_what_does_not_go_together_is_refused(options: Any, credit: Any, message
         algorithm_of(RlSection(algorithm="ppo", options=options), CreditSection(**credit))
 
 
+def test_a_schedule_ends_with_the_last_update_however_many_a_step_makes(tmp_path: Path) -> None:
+    """Not with as many updates as there are steps: from there on the rate would be 0."""
+    ppo = PPO(epochs=2, minibatches=3, critic_warmup_steps=1)
+    session, _ = a_world(tmp_path, ppo, steps_max=5, schedule="cosine")
+    assert rl.Learner(session, ppo).optimizer.total_updates == (5 - 1) * 2 * 3
+    session, _ = a_world(tmp_path, ppo, steps_max=5, schedule="cosine", schedule_updates=7)
+    assert rl.Learner(session, ppo).optimizer.total_updates == 7
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("rule", ["identical", "value"])
 async def test_the_loop_trains_by_ppo_and_keeps_its_critic(rule: Any, tmp_path: Path) -> None:

@@ -291,10 +291,9 @@ def test_rewards_that_an_estimator_cannot_take_are_told(tmp_path: Path) -> None:
         rows_from(rows_of(group("a", -1.0, 1.0)), credit, 0, 100, Counter())
 
 
-async def test_credit_by_a_critic_is_refused_where_there_is_none(tmp_path: Path) -> None:
-    session = a_session(tmp_path, credit=CreditSection(rule="value"))
+def test_credit_by_a_critic_is_refused_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match="needs a critic"):
-        await rl.reinforce(session, StubStream(), ["task"], [])  # pyright: ignore[reportArgumentType]
+        algorithm_of(CONFIG, CreditSection(rule="value"))
 
 
 async def test_compared_with_the_batch_a_group_that_agrees_does_teach(tmp_path: Path) -> None:
@@ -354,5 +353,5 @@ async def test_an_evaluation_that_a_killed_trainer_owed_is_done_before_the_next_
     session.train = msgspec.structs.replace(session.train, eval=EvalSection(every_steps=2))
     session.model, session.restore_optimizer = tiny_llama(), lambda optimizer, parts: None
     with pytest.raises(NextStep):
-        await rl.reinforce(session, StubStream(), ["task"], ["held out"])  # pyright: ignore[reportArgumentType]
+        await rl.reinforce(session, StubStream(), ["task"], ["held out"], algorithm_of(CONFIG, CREDIT))  # pyright: ignore[reportArgumentType]
     assert done == ["evaluated 7"]

@@ -64,6 +64,8 @@ def test_a_row_is_as_old_as_its_oldest_trained_token(
     for row in rows:
         assert trainer_version - row.version_oldest == max(ages(row))
         assert trainer_version - row.version_newest == min(ages(row))
+        by_call = [min(int(token) - 100 for token in row.token_ids[start:end]) for start, end in row.sampled]
+        assert list(row.versions) == by_call
     kept = drop_stale(rows, trainer_version=trainer_version, staleness_max=staleness_max).items
     expected = [row for row in rows if all(age <= staleness_max for age in ages(row))]
     assert [row.span_ids for row in kept] == [row.span_ids for row in expected]

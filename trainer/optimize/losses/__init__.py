@@ -67,6 +67,12 @@ def compose(
     weighing = sum(correction.weighs for correction in corrections)
     if weighing > 1:
         raise ValueError(f"{weighing} corrections weigh by the same ratio, which counts it {weighing} times: keep one")
+    truncates = any(correction.truncates for correction in corrections)
+    if truncates and policy.weighs and policy.of_behaviour:
+        raise ValueError(
+            "the policy term weighs by current / behaviour whatever proximal log-probs there are, and tis would count its "
+            "share of that twice: use a correction that drops (icepop, geometric_mask), or another policy term"
+        )
 
     def loss(inputs: LossInputs) -> LossOutputs:
         seen = kl.shaped(inputs) if isinstance(kl, KlShaping) else inputs
@@ -74,7 +80,14 @@ def compose(
         metrics = policy_metrics(inputs, term) | reference_metrics(inputs)
         loss_K = term.loss_K
         if corrections:
-            keep_K, weight_K = _corrected(seen, corrections, weigh=not policy.weighs)
+            bypass = seen.proximal_logprobs_K is None
+            counted = policy.weighs and (bypass or policy.of_behaviour)
+            if truncates and counted:
+                raise ValueError(
+                    "the policy term weighs by current / behaviour already and tis would count it twice: give the batch "
+                    "proximal log-probs, use reinforce(ratio_max=None), or a correction that drops (icepop, geometric_mask)"
+                )
+            keep_K, weight_K = _corrected(seen, corrections, weigh=not counted)
             loss_K = torch.where(keep_K, weight_K * loss_K, 0.0)
             metrics["masked_share"] = (~keep_K).sum().to(weight_K.dtype)
             metrics["correction"] = torch.where(keep_K, weight_K, 0.0).sum()
@@ -91,14 +104,8 @@ def compose(
 def _corrected(inputs: LossInputs, corrections: Sequence[Correction], *, weigh: bool) -> tuple[Tensor, Tensor]:
     """(K,) what to keep and (K,) what it weighs.
 
-    weigh  False: the policy term holds current / old, which without proximal log-probs is the ratio corrected here
+    weigh  False: the policy term holds the ratio that is corrected here, so tokens are only dropped
     """
-    bypass = inputs.proximal_logprobs_K is None
-    if bypass and not weigh and any(correction.truncates for correction in corrections):
-        raise ValueError(
-            "the policy term weighs by current / behaviour already and tis would count it twice: give the batch proximal "
-            "log-probs, use reinforce(ratio_max=None), or a correction that drops (icepop, geometric_mask)"
-        )
     corrected_K = inputs.logprobs_K if inputs.proximal_logprobs_K is None else inputs.proximal_logprobs_K
     log_ratio_K = corrected_K.detach() - inputs.behaviour_logprobs_K
     keep_K = torch.ones_like(log_ratio_K, dtype=torch.bool)
@@ -106,7 +113,7 @@ def _corrected(inputs: LossInputs, corrections: Sequence[Correction], *, weigh: 
     for correction in corrections:
         kept_K, its_weight_K = correction.correct(log_ratio_K, inputs)
         keep_K = keep_K & kept_K
-        if its_weight_K is not None and (weigh or not bypass):
+        if its_weight_K is not None and weigh:
             weight_K = its_weight_K
     return keep_K, weight_K
 

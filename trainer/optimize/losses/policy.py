@@ -38,12 +38,14 @@ ClipLevel = Literal["token", "sequence", "sequence_token"]
 class PolicyTerm:
     """A policy term, itself a Loss.
 
-    surrogate  what it makes of a pack
-    weighs     the samples are weighted by their ratio in it, so a correction by that same ratio would count it twice
+    surrogate     what it makes of a pack
+    weighs        the samples are weighted by their ratio in it, so a correction by that same ratio would count it twice
+    of_behaviour  that ratio is current / behaviour also where the batch has proximal log-probs
     """
 
     surrogate: Callable[[LossInputs], Surrogate]
     weighs: bool
+    of_behaviour: bool = False
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         term = self.surrogate(inputs)
@@ -187,7 +189,7 @@ def dppo(
         weight_K = torch.where(low_K | high_K, 0.0, ratio_K.clamp(max=ratio_max))
         return Surrogate(-weight_K * inputs.advantages_K * inputs.logprobs_K, ratio_K, low_K, high_K)
 
-    return PolicyTerm(surrogate, weighs=True)
+    return PolicyTerm(surrogate, weighs=True, of_behaviour=True)
 
 
 def _weighted(inputs: LossInputs, ratio_K: Tensor, low: float, high: float) -> Surrogate:
