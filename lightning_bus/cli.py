@@ -45,7 +45,8 @@ app = typer.Typer(
 )
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a key of the run file: --set train.steps=5. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="Change a key of the run file: --set train.rl.steps_max=5. Repeatable."),
 ]
 
 
@@ -160,6 +161,10 @@ def _up(file: RunFile, *, force: bool = False, resume: bool = False, trainer: bo
     code = anyio.run(supervise)
     if code == 0:
         display.finish()
+    elif trainer:  # else whoever trains says it
+        console.print(
+            f"stopped; go on with: lightning-bus up {directory}", markup=False, highlight=False, soft_wrap=True
+        )
     return code
 
 
@@ -275,7 +280,7 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
         path, equals, text = assignment.partition("=")
         section, dot, key = path.partition(".")
         if not (section and dot and key and equals):
-            raise ConfigError(f"--set {assignment}: write section.key=value, such as train.steps=5.")
+            raise ConfigError(f"--set {assignment}: write section.key=value, such as train.rl.steps_max=5.")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

@@ -47,7 +47,7 @@ def train(
     key: KeyOption = None,
     engine: Annotated[
         list[str] | None,
-        typer.Option(help="Base URL of an engine to push weights to; repeatable. Default: the replicas of [serve]."),
+        typer.Option(help="Base URL of an engine to push weights to; repeatable. Default: the replicas of serve.bind."),
     ] = None,
 ) -> None:
     """Train the policy of a run: imitation of a teacher, reinforcement from its own rollouts, evaluation.

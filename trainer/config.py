@@ -14,6 +14,10 @@ from lightning_bus import ConfigError, CreditSection, Section, client_address
 Count = Annotated[int, msgspec.Meta(ge=1)]
 CountOrNone = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+PositiveOrNone = Annotated[float, msgspec.Meta(ge=0)]
+Decay = Annotated[float, msgspec.Meta(ge=0, lt=1)]  # of a running mean: 0 forgets everything, 1 would never learn
+
+Schedule = Literal["constant", "cosine", "linear"]
 
 PORT_MAX = 65_535
 
@@ -38,13 +42,19 @@ class PolicySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # What computes attention over packed rows: auto takes the fastest that runs here (docs/training.md has the table).
     attention: Literal["auto", "flash", "varlen", "flex", "rows", "sdpa"] = "auto"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the weights trained stay float32
+    # Of the last product, hidden states times vocabulary, whose sums are float32 in any case. bfloat16 is what
+    # GPUs multiply fast, and moves log-probs by up to 1e-2 nats or so: watch logprob_difference_staleness_0.
+    head_dtype: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False  # layers run again in the backward pass instead of keeping activations: memory against time
+    recompute_attention: bool = (
+        True  # with recompute; false keeps what attention gave, for rows of many thousand tokens
+    )
+    # By torch.compile, for a GPU: norms, rotary positions and roundings become few kernels. The first steps take minutes.
+    compile: bool = False
     # Train an adapter of this rank instead of all weights; 0: all weights. vLLM with serve.lora_rank_max at least as
     # high is pushed the adapter alone, every other engine the whole model with the adapter in it.
     lora_rank: CountOrNone = 0
-    lora_alpha: Annotated[float, msgspec.Meta(ge=0)] = (
-        0.0  # the adapter counts lora_alpha / lora_rank; 0: twice the rank
-    )
+    lora_alpha: PositiveOrNone = 0.0  # the adapter counts lora_alpha / lora_rank; 0: twice the rank
     lora_targets: list[str] = msgspec.field(default_factory=list[str])  # ["q_proj", "v_proj"]; default: all matrices
 
 
@@ -90,9 +100,20 @@ class SftSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     files: list[str] = msgspec.field(default_factory=list[str])  # of conversations, as `export --as chat` writes them
     epochs: Count = 4
     batch_rollouts: Count = 32
+    # What follows means what it does in [train.rl].
     lr: Positive = 1e-5  # for a pretrained model; the demo's million random weights take 1.5e-3
-    weight_decay: float = 0.01
+    weight_decay: PositiveOrNone = 0.01
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    momentum: Decay = 0.95
     warmup_updates: CountOrNone = 10
+    schedule: Schedule = "constant"
+    schedule_updates: CountOrNone = 0  # 0: to the end of the last epoch
+    grad_norm_max: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule_updates:
+            check_schedule(self.schedule, self.warmup_updates, self.schedule_updates, "schedule_updates")
 
     @property
     def wanted(self) -> bool:
@@ -122,13 +143,15 @@ class RlSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     normalise: Literal["token", "rollout"] = "token"
     temperature: Positive = 1.0
     lr: Positive = 1e-6  # for a pretrained model; the demo's million random weights take 3e-4
-    weight_decay: float = 0.0
+    weight_decay: PositiveOrNone = 0.0  # of matrices alone
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers, adamw for the rest
+    betas: tuple[Decay, Decay] = (0.9, 0.95)  # adamw's: of the mean gradient, and of its square
+    momentum: Decay = 0.95  # muon's
     warmup_updates: CountOrNone = 0
-    # After the warm-up lr stays, or goes down to 0 over this many updates (0: steps_max; PPO makes several a step).
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    # After the warm-up lr stays, or goes down to 0 over this many updates (0: those of steps_max steps).
+    schedule: Schedule = "constant"
     schedule_updates: CountOrNone = 0
-    grad_norm_max: Positive = 1.0
+    grad_norm_max: Positive = 1.0  # longer gradients are scaled down to it; inf: none
     stop_reward: float | None = None  # stop early when the mean reward of `stop_window` steps reaches this
     stop_window: Count = 6
     # Tasks in turn, or those first that the policy sometimes succeeds at: whose running share of rollouts with a reward
@@ -141,6 +164,8 @@ class RlSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         self._check_algorithm()
+        if self.schedule_updates:
+            check_schedule(self.schedule, self.warmup_updates, self.schedule_updates, "schedule_updates")
         if self.success_min > self.success_max:
             raise ValueError(
                 f"success_min {self.success_min} is above success_max {self.success_max}: no task is between"
@@ -191,10 +216,17 @@ class TrainSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     token_budget: Count = 2048  # tokens per forward pass: memory against speed
     torch_threads: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU for each rank where there is one
+    # How many processes train together on this machine, each with 1/processes of the weights and a GPU of its own. For
+    # several machines leave it out and use torchrun.
+    processes: Count = 1
+    # Of float32 products: "high" lets GPUs take TF32, which has 10 bits of mantissa instead of 23, "medium" bfloat16, on
+    # some CPUs too. Faster, and log-probs move: watch logprob_difference_staleness_0.
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     deterministic: bool = False  # the same rows give the same weights, bit for bit; slower on a GPU
     keep_checkpoints: Count = 3
     # Where the lines of metrics.jsonl go besides; a package that is named must be installed.
     log: list[Literal["console", "tensorboard", "wandb", "trackio"]] = msgspec.field(default_factory=list)
+    log_project: str = "lightning-bus"  # of wandb and trackio; the environment's WANDB_PROJECT goes before it
     # What happens to calls in flight while weights change: keep freezes them and they go on under the new weights, drain
     # lets them finish first, abort ends them and the gateway asks again.
     push_mode: Literal["keep", "drain", "abort"] = "keep"
@@ -213,6 +245,15 @@ class TrainSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError(
                 f"follow = true submits no rollouts, and {what} asks for some: the trainer followed has them"
             )
+
+
+def check_schedule(schedule: Schedule, warmup_updates: int, total_updates: int, key: str) -> None:
+    """Raise ValueError for a schedule that has no way down after its warm-up. key: which says total_updates."""
+    if schedule != "constant" and total_updates <= warmup_updates:
+        raise ValueError(
+            f"schedule = {schedule!r} goes down from update {warmup_updates} (warmup_updates) to {total_updates} ({key}), "
+            f"which leaves no way: warm up for less, raise {key}, or say schedule = 'constant'"
+        )
 
 
 def answering_model(policy: PolicySection, credit: CreditSection) -> str:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import shutil
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,30 +31,33 @@ from lightning_bus import (
     BrokerSection,
     ConfigError,
     GatewaySection,
-    LightningBusError,
     RunFile,
     client_address,
     load_run,
 )
 from trainer.algorithms.base import Algorithm
-from trainer.algorithms.chosen import described
+from trainer.algorithms.chosen import can_be_described, described
 from trainer.beside import (
     Agent,
     Watch,
     fail_with,
     free_ports,
     holding_key,
+    name_of,
     run_here,
     run_to_end,
     up,
     wait_ready,
     worker,
 )
-from trainer.config import PolicySection, ServeSection, replica_urls
+from trainer.config import PolicySection, ServeSection, TrainSection, replica_urls
 from trainer.dev import DevReport, Model, agent_entry
 from trainer.dev import dev as run_dev
+from trainer.loading import json_lines
+from trainer.ranks import join
 from trainer.serving.serve import ensure_policy
-from trainer.training import train
+from trainer.settings import as_tables, merge, refuse_said_elsewhere
+from trainer.training import settled, train, train_along
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +102,19 @@ class Trainer:
         n_workers  processes that run the agent, each with [worker] concurrency attempts at a time
         policy     a Hugging Face directory, "module:function", or a function (directory, seed) that writes one
         name       of the run; its files go to <directory>/<name>
-        settings   keys of RUN.toml, with dots: {"train.rl.lr": 1e-5, "serve.engine": "vllm"}
+        settings   keys of RUN.toml, with dots or as tables: {"train.rl.lr": 1e-5, "serve": {"engine": "vllm"}}
+
+        Raises ConfigError for n_workers below 1, and for settings that are arguments here or of `fit`.
         """
+        if n_workers < 1:
+            raise ConfigError(f"n_workers is {n_workers}: an agent needs one at least")
         self.algorithm = algorithm
         self.n_workers = n_workers
         self.policy = policy
         self.directory = Path(directory) / name
         self.seed = seed
-        self.settings = dict(settings or {})
+        self.settings = as_tables(settings or {})
+        refuse_said_elsewhere(self.settings, policy=policy, algorithm=algorithm)
 
     def fit(
         self,
@@ -133,23 +141,29 @@ class Trainer:
         gateway      URL of the backend's gateway; wanted where the agent runs here
         engines      base URLs of the engines to push weights to; default: those of [serve]
         key          key file, where the broker wants one: a trainer's, or an admin's where the agent runs here as well
-        resume       go on with the run in this directory
+        resume       go on with the run in this directory; settings and an algorithm that are given replace what it had
         progress     receives a line now and then; None: silence
+
+        Several processes train together where settings say train.processes, or where torchrun started several of this
+        script: then the first does all that is said here, the others call `fit` to train with it, and all return the
+        same.
 
         Raises ConfigError for what cannot work, before anything starts, and what ended the run otherwise.
         """
         say = progress or _silent
-        file = self._prepared(agent, train_tasks, val_tasks, here=not backend, resume=resume)
+        if int(os.environ.get("RANK", "0")):
+            return self._follow(resume=resume)
+        if backend and agent is not None and not gateway:
+            raise ConfigError("the agent is to run here: pass gateway=, the URL of the backend's gateway")
+        with self._nothing_left_of_what_is_refused():
+            file = self._prepared(agent, train_tasks, val_tasks, here=not backend, resume=resume)
+            ensure_policy(self._policy_section(file), file.directory, self.seed)
         importable = agent if isinstance(agent, str) else agent and name_of(agent)
         if agent is not None and not importable:
             say(f"{_shown(agent)} cannot be imported by other processes: it runs in threads of this one")
-        if backend and agent is not None and not gateway:
-            raise ConfigError("the agent is to run here: pass gateway=, the URL of the backend's gateway")
-        ensure_policy(self._policy_section(file), file.directory, self.seed)
         bus_address = backend or client_address(file.section(BrokerSection).bind)
         urls = list(engines) or replica_urls(file.section(ServeSection))
         gateway_url = gateway or "http://" + client_address(file.section(GatewaySection).bind)
-        algorithm = self.algorithm if isinstance(self.algorithm, Algorithm) else None
         watch, made = Watch(file.directory, say), dict[str, Any]()
         role = "trainer" if agent is None or importable else "admin"  # which leases as well
         with ExitStack() as stack:
@@ -160,19 +174,26 @@ class Trainer:
                     stack.enter_context(worker(file, importable, backend, gateway, key))
 
             async def main() -> None:
-                await wait_ready(bus_address, [gateway_url] if agent else [], urls, daemon)
-                say(f"training {file.directory}: everything is up")
                 async with anyio.create_task_group() as beside:
                     beside.start_soon(watch.run)
+                    await wait_ready(bus_address, [gateway_url] if agent else [], urls, daemon)
+                    say(f"training {file.directory}: everything is up")
                     if daemon is not None:
                         beside.start_soon(fail_with, daemon)
                     if agent is not None and not importable:
                         beside.start_soon(run_here, agent, bus_address, gateway_url, file, self.n_workers)
-                    made.update(await train(file, bus_address=bus_address, engine_urls=urls, algorithm=algorithm))
+                    made.update(await train(file, bus_address=bus_address, engine_urls=urls, algorithm=self._object()))
                     beside.cancel_scope.cancel()
 
-            run_to_end(main)
+            try:
+                run_to_end(main)
+            except KeyboardInterrupt:
+                say(f"stopped; {file.directory} goes on by fit(resume=True)")
+                raise
         watch.look()
+        say(
+            f"done: {file.directory / 'checkpoint'} is the policy now, {file.directory / 'metrics.jsonl'} how it came to be"
+        )
         return _result(file.directory, made)
 
     def dev(
@@ -197,6 +218,17 @@ class Trainer:
         (progress or _silent)(str(report))
         return report
 
+    def _follow(self, *, resume: bool) -> Result:
+        """Train with the first process, which torchrun started beside this one, until it is done."""
+        run_toml = self.directory / "run.toml"
+        device = self.settings.get("train", {}).get("device")
+        if device is None:
+            device = load_run(run_toml).section(TrainSection).device if resume else "auto"
+        world = join(device)  # the first process does once it has prepared the run
+        file = load_run(run_toml)
+        train_along(world, file, self._object())
+        return _result(file.directory, json.loads((file.directory / "summary.json").read_text(encoding="utf-8")))
+
     # -- the run's files ----------------------------------------------------------------------------------------------
 
     def _prepared(
@@ -213,8 +245,16 @@ class Trainer:
                 raise ConfigError(f"{self.directory} holds no run to go on with: leave resume out")
             # The agent may be found elsewhere now than when the run began: in a module rather than in a notebook.
             table = tomllib.loads(run_toml.read_text(encoding="utf-8"))
-            table["worker"] = {**table.get("worker", {}), **self._worker(agent, here=here)}
-            run_toml.write_text(tomli_w.dumps(table), encoding="utf-8")
+            if self.algorithm:
+                table.get("train", {}).get("rl", {}).pop("options", None)  # of the one that it had
+                merge(table, {"train": {"rl": self._algorithm()}})
+            merge(table, {"worker": self._worker(agent, here=here)})
+            merge(table, self.settings)
+            # Whole at any time, for other ranks read it; and what it was until what is to replace it is known to work.
+            partial = self.directory / ".run.toml.partial"
+            partial.write_text(tomli_w.dumps(table), encoding="utf-8")
+            self._checked(load_run(partial))
+            os.replace(partial, run_toml)
             return load_run(run_toml)
         if self.directory.exists():
             raise ConfigError(
@@ -222,19 +262,45 @@ class Trainer:
             )
         if not train_tasks or not val_tasks:
             raise ConfigError("fit wants train_tasks and val_tasks, one of each at least")
-        self.directory.mkdir(parents=True)
+        if not self.policy and "model" not in self.settings.get("policy", {}):
+            raise ConfigError(
+                'which model? Pass policy=: a Hugging Face directory, "module:function", or a function (directory, seed) '
+                "that writes one"
+            )
+        (self.directory / "logs").mkdir(parents=True)
+        for name, tasks in (("train_tasks", train_tasks), ("val_tasks", val_tasks)):
+            (self.directory / f"{name}.jsonl").write_text(json_lines(tasks, name), encoding="utf-8")
+        run_toml.write_text(tomli_w.dumps(self._table(agent, here=here)), encoding="utf-8")
+        return self._checked(load_run(run_toml))
+
+    @contextmanager
+    def _nothing_left_of_what_is_refused(self) -> Iterator[None]:
+        """Take a run's directory away again if it was made in this context and what it is for raised."""
+        existed = self.directory.exists()
         try:
-            (self.directory / "logs").mkdir()
-            for name, tasks in (("train_tasks", train_tasks), ("val_tasks", val_tasks)):
-                (self.directory / f"{name}.jsonl").write_text(_json_lines(tasks, name), encoding="utf-8")
-            run_toml.write_text(tomli_w.dumps(self._table(agent, here=here)), encoding="utf-8")
-            return load_run(run_toml)
-        except LightningBusError:
-            for path in (run_toml, *self.directory.glob("*.jsonl")):
-                path.unlink(missing_ok=True)
-            (self.directory / "logs").rmdir()
-            self.directory.rmdir()
+            yield
+        except BaseException:
+            if not existed:
+                shutil.rmtree(self.directory, ignore_errors=True)
             raise
+
+    def _object(self) -> Algorithm | None:
+        return self.algorithm if isinstance(self.algorithm, Algorithm) else None
+
+    def _checked(self, file: RunFile) -> RunFile:
+        """Return the run file, looked at before anything starts. Raises ConfigError for what cannot be trained so.
+
+        Also where further processes would be started that lack the algorithm.
+        """
+        settled(file, self._object())
+        processes = file.section(TrainSection).processes
+        if processes > 1 and isinstance(self.algorithm, Algorithm) and not can_be_described(self.algorithm):
+            raise ConfigError(
+                f"train.processes is {processes}, and the other processes cannot make this "
+                f"{type(self.algorithm).__name__}: they need a dataclass that they can import, with fields that TOML "
+                "can say. Or leave train.processes out and start this script by torchrun"
+            )
+        return file
 
     def _table(self, agent: Agent | None, *, here: bool) -> dict[str, Any]:
         """Return run.toml: what was passed, over free ports and the settings."""
@@ -254,16 +320,13 @@ class Trainer:
             table["serve"] = {"bind": f"127.0.0.1:{engine}"}
         # So that whoever reads the run's file, or goes on with it from the command line, has the same algorithm.
         if self.algorithm:
-            table["train"]["rl"] = (
-                {"algorithm": self.algorithm} if isinstance(self.algorithm, str) else described(self.algorithm)
-            )
-        for path, value in self.settings.items():
-            at = table
-            *parents, last = path.split(".")
-            for parent in parents:
-                at = at.setdefault(parent, {})
-            at[last] = value
+            table["train"]["rl"] = self._algorithm()
+        merge(table, self.settings)
         return table
+
+    def _algorithm(self) -> dict[str, Any]:
+        """Return the keys of [train.rl] that say which it is."""
+        return {"algorithm": self.algorithm} if isinstance(self.algorithm, str) else described(self.algorithm)
 
     def _worker(self, agent: Agent | None, *, here: bool) -> dict[str, Any]:
         """Return the keys of [worker] that say where the agent is found, and in how many processes `up` runs it."""
@@ -282,34 +345,11 @@ class Trainer:
         return section
 
 
-def name_of(agent: Callable[..., Any]) -> str:
-    """Return "module:function" under which another process finds this very function, or "" where none does."""
-    module, path = getattr(agent, "__module__", ""), getattr(agent, "__qualname__", "")
-    found: Any = sys.modules.get(module)
-    if module in ("", "__main__") or "<" in path or not path or getattr(found, "__file__", None) is None:
-        return ""
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    return f"{module}:{path}" if found is agent else ""
-
-
 def _result(directory: Path, summary: dict[str, Any]) -> Result:
     result = Result(directory, [], {}, directory / "checkpoint", directory / "metrics.jsonl", summary)
     result.rewards.extend(line["reward_mean"] for line in result.lines("rl"))
     result.evals.update({line["version"]: line["held_out_success"] for line in result.lines("eval")})
     return result
-
-
-def _json_lines(tasks: Sequence[Any], name: str) -> str:
-    lines: list[str] = []
-    for number, task in enumerate(tasks):
-        try:
-            lines.append(json.dumps(task))
-        except (TypeError, ValueError) as exc:
-            raise ConfigError(
-                f"{name}[{number}], {task!r:.80}, is nothing that JSON can say ({exc}): use dicts, lists, text, numbers"
-            ) from exc
-    return "\n".join(lines) + "\n"
 
 
 def _shown(agent: Agent) -> str:

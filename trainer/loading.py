@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def load_tasks(source: str, seed: int, key: str) -> list[Any]:
     return tasks
 
 
+def json_lines(tasks: Sequence[Any], name: str) -> str:
+    """Return tasks as the text of a .jsonl file. Raises ConfigError for one that JSON cannot say."""
+    lines: list[str] = []
+    for number, task in enumerate(tasks):
+        try:
+            lines.append(json.dumps(task))
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(
+                f"{name}[{number}], {task!r:.80}, is nothing that JSON can say ({exc}): use dicts, lists, text, numbers"
+            ) from exc
+    return "\n".join(lines) + "\n"
+
+
 def import_named(source: str, key: str) -> Any:
     """Return what "module:name" names. Raises ConfigError saying what is missing."""
     module_name, colon, name = source.partition(":")
@@ -61,7 +75,7 @@ def import_named(source: str, key: str) -> Any:
 def _read_jsonl(path: Path, key: str) -> list[Any]:
     way_out = "Give a file with one JSON value a line."
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold what else ends a line
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{key} = {str(path)!r}: {exc}. {way_out}") from exc
     tasks: list[Any] = []

@@ -1,5 +1,6 @@
 """What a run cannot be trained on, refused before its first step: the reason, the values, and the way out.
 
+    refuse_unreadable  files of conversations that are not there
     refuse_directory   no whole model, or a tokenizer that is not its own
     refuse_engine      an engine that writes text with other token ids
     refuse_tokens      recorded ids that the model does not have
@@ -30,6 +31,19 @@ log = logging.getLogger(__name__)
 
 # Words, numbers, code, spaces, two scripts and an emoji: tokenizers that agree on all of these are one, or as good as one.
 PROBE = 'The quick brown fox: 12 + 305 = 317.\n\tdef f(x): return {"key": [x, -1]}\n  Größe naïve 漢字 привет 🙂'
+
+
+def refuse_unreadable(files: Sequence[str]) -> None:
+    """Refuse a file of [train.sft] files that cannot be read."""
+    for name in files:
+        try:
+            with open(name, encoding="utf-8"):
+                pass
+        except OSError as exc:
+            raise ConfigError(
+                f"[train.sft] files: {name} cannot be read from {Path.cwd()}: {exc.strerror}. Name it as it is seen from "
+                "there, or by its whole path"
+            ) from exc
 
 
 def refuse_directory(directory: Path) -> None:

@@ -8,7 +8,7 @@ stops training. A line is handed over once, also over restarts.
 
 Names are the line's own, behind its phase and flattened by "/": rl/reward_mean, rl/dropped/stale, eval/held_out_success.
 The x axis is the line's `step`; each phase counts its own, so no curve jumps where imitation ends. Numbers alone are
-handed over. docs/training.md says what each name means.
+handed over. docs/metrics.md says what each name means.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 PACKAGES = {"console": "", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 PHASES = ("teacher", "sft", "rl", "eval")
-PROJECT = "lightning-bus"  # of wandb and trackio; WANDB_PROJECT and the like have the last word there
 
 # What a person at a terminal looks for, in this order. The rest is in the file.
 SHOWN = (
@@ -129,7 +128,8 @@ class _TensorBoard:
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            if not name.endswith("/step"):  # which is the axis already
+                self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -139,9 +139,11 @@ class _TensorBoard:
 class _Wandb:
     def __init__(self, run: RunFile, run_id: str) -> None:
         wandb: Any = importlib.import_module("wandb")
+        # wandb lets an argument win over its environment variables, and makes a folder called wandb by itself.
+        project = os.environ.get("WANDB_PROJECT") or run.section(TrainSection).log_project
         self._run = wandb.init(
-            project=PROJECT, name=run.run.name, id=run_id, resume="allow", dir=str(_made(run.directory / "wandb")),
-            config=_settings(run),
+            project=project, name=os.environ.get("WANDB_NAME") or run.run.name, id=run_id, resume="allow",
+            dir=str(run.directory), config=_settings(run),
         )  # fmt: skip
         for phase in PHASES:  # its own step counts calls and never goes back; ours begins anew in every phase
             self._run.define_metric(f"{phase}/step")
@@ -157,11 +159,12 @@ class _Wandb:
 class _Trackio:
     def __init__(self, run: RunFile, run_id: str) -> None:
         trackio: Any = importlib.import_module("trackio")
-        self._run = trackio.init(project=PROJECT, name=run_id, config=_settings(run), resume="allow")
+        project = run.section(TrainSection).log_project
+        self._run = trackio.init(project=project, name=run_id, config=_settings(run), resume="allow")
         self._finish = trackio.finish
 
     def write(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({name: value for name, value in values.items() if not name.endswith("/step")}, step=step)
 
     def close(self) -> None:
         self._finish()
@@ -174,11 +177,6 @@ def _settings(run: RunFile) -> dict[str, Any]:
     """What of RUN.toml says how the run learns."""
     sections = {"policy": run.section(PolicySection), "train": run.section(TrainSection)}
     return {"seed": run.run.seed} | {name: msgspec.to_builtins(section) for name, section in sections.items()}
-
-
-def _made(directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
 
 
 def _reason(exc: Exception) -> str:

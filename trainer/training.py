@@ -30,20 +30,21 @@ from lightning_bus import (
     reward_hooks,
     wall_ns,
 )
-from lightning_bus.adapters import RewardsSection
+from lightning_bus.adapters import RewardsSection, Selection
 from trainer.algorithms.admission import cancel_unfinished
 from trainer.algorithms.base import Algorithm
 from trainer.algorithms.chosen import algorithm_of
 from trainer.algorithms.evaluate import evaluate
 from trainer.algorithms.rl import reinforce
 from trainer.algorithms.sft import imitate, read_conversations
-from trainer.config import PolicySection, TrainSection
+from trainer.config import PolicySection, TrainSection, check_schedule
 from trainer.data.stream import RolloutStream, beginning
+from trainer.launch import other_ranks
 from trainer.loading import load_tasks
 from trainer.optimize import checkpoint, following, losses
 from trainer.optimize.determinism import be_deterministic
 from trainer.ranks import World, join, lead, leave
-from trainer.refusals import as_config_error, refuse_directory
+from trainer.refusals import as_config_error, refuse_directory, refuse_unreadable
 from trainer.report import count_log, plot_reward, write_summary
 from trainer.session import Session, storing
 from trainer.sinks import refuse_missing
@@ -62,20 +63,50 @@ async def train(
     algorithm  default: the one that [train.rl] names
     """
     config = run.section(TrainSection)
-    credit = run.section(CreditSection)
-    algorithm = algorithm_of(config.rl, credit) if algorithm is None else algorithm.credited(credit)
-    torch.set_num_threads(config.torch_threads)
-    refuse_missing(config.log)
+    algorithm = settled(run, algorithm)
     tasks = load_tasks(config.tasks, run.run.seed, "train.tasks")
     held_out = load_tasks(config.held_out, run.run.seed, "train.held_out")
     await wait_for_policy(run.directory / "policy")
     refuse_directory(run.directory / "policy")
-    if config.deterministic:
-        be_deterministic(run.run.seed)
-    world = join(config.device)
-    if not world.leads:
+    _set_torch(run)
+    async with other_ranks(run, config.processes) as store:
+        world = await anyio.to_thread.run_sync(join, config.device, store, config.processes)
+        if world.leads:
+            return await _lead(world, run, bus_address, engine_urls, algorithm, tasks, held_out)
         await anyio.to_thread.run_sync(follow, world, run, algorithm)
-        return {}
+    return {}
+
+
+def settled(run: RunFile, algorithm: Algorithm | None = None) -> Algorithm:
+    """Return what the run learns by, having refused settings that only show their fault in use. Starts nothing.
+
+    algorithm  default: the one that [train.rl] names
+
+    Raises ConfigError.
+    """
+    config, credit = run.section(TrainSection), run.section(CreditSection)
+    algorithm = algorithm_of(config.rl, credit) if algorithm is None else algorithm.credited(credit)
+    Selection.of(credit.agents)  # a pattern that is none
+    refuse_missing(config.log)
+    refuse_unreadable(config.sft.files)
+    rl = config.rl
+    with as_config_error("train.rl"):
+        total_updates = rl.schedule_updates or algorithm.num_updates(rl.steps_max)
+        check_schedule(rl.schedule, rl.warmup_updates, total_updates, "updates of all steps")
+    return algorithm
+
+
+async def _lead(
+    world: World,
+    run: RunFile,
+    bus_address: str,
+    engine_urls: list[str],
+    algorithm: Algorithm,
+    tasks: Sequence[Any],
+    held_out: Sequence[Any],
+) -> dict[str, Any]:
+    """Carry out the run, with the other ranks where there are some, and return its summary."""
+    config, credit = run.section(TrainSection), run.section(CreditSection)
     summary: dict[str, Any] = {}
     async with (
         sole_writer(run.directory),
@@ -113,6 +144,20 @@ async def train(
         dismiss(session.model)
         background.cancel_scope.cancel()
     return summary
+
+
+def train_along(world: World, run: RunFile, algorithm: Algorithm | None = None) -> None:
+    """Train with the first process, which calls `train`, until it is done: what one of the others does instead."""
+    _set_torch(run)
+    follow(world, run, settled(run, algorithm))
+
+
+def _set_torch(run: RunFile) -> None:
+    config = run.section(TrainSection)
+    torch.set_num_threads(config.torch_threads)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    if config.deterministic:
+        be_deterministic(run.run.seed)
 
 
 def follow(world: World, run: RunFile, algorithm: Algorithm) -> None:
@@ -161,7 +206,7 @@ async def run_stages(
     stream: RolloutStream,
     tasks: Sequence[Any],
     held_out: Sequence[Any],
-    algorithm: Algorithm | None = None,
+    algorithm: Algorithm,
 ) -> None:
     """Evaluate, imitate, evaluate, reinforce, evaluate; whatever the checkpoint says is behind us is skipped."""
     progress, follows = session.progress, session.train.follow

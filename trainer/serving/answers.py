@@ -12,10 +12,10 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
-from trainer.serving.batch import Completion, Delta
 from trainer.serving.chat import ChatFormat
 from trainer.serving.choices import usage
 from trainer.serving.protocol import ChatBody
+from trainer.serving.request import Completion, Delta
 from trainer.serving.streaming import StreamedText, TextState, merged
 
 

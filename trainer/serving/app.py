@@ -25,7 +25,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from trainer.serving.answers import ChatAnswer
-from trainer.serving.batch import Completion, Delta
 from trainer.serving.chat import ChatFormat, Script
 from trainer.serving.choices import complete, each_choice, streams, usage
 from trainer.serving.control import control_routes
@@ -41,6 +40,7 @@ from trainer.serving.protocol import (
     on_serving_error,
     read_body,
 )
+from trainer.serving.request import Completion, Delta
 from trainer.serving.sampling import SamplingParams
 from trainer.serving.streaming import StreamedText, merged, scripted_stream, server_sent
 from trainer.serving.tokens import TokenRoutes, prompt_ids

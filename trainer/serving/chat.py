@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trainer.serving import hermes
-from trainer.serving.batch import Completion, VersionSpan
 from trainer.serving.errors import BadRequestError, EngineFailedError
+from trainer.serving.request import Completion, VersionSpan
 
 Message = dict[str, Any]
 Script = Callable[..., Any]  # (messages, tools) -> the assistant message to give back

@@ -13,9 +13,9 @@ from dataclasses import replace
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from trainer.serving.batch import Completion, Delta
 from trainer.serving.engine import Engine
 from trainer.serving.errors import ServingError
+from trainer.serving.request import Completion, Delta
 from trainer.serving.sampling import SamplingParams
 
 

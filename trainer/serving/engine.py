@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.serving.batch import Batch, Completion, Delta, Request
+from trainer.serving.batch import Batch
 from trainer.serving.errors import BadRequestError, WeightUpdateError
 from trainer.serving.loop import EngineStatistics, PauseMode, StepLoop
+from trainer.serving.request import Completion, Delta, Request
 from trainer.serving.sampling import SamplingParams
 from trainer.serving.text import Detokenizer, StopStrings
 from trainer.serving.weights import StagedWeights, WeightFile, checksums, read_weights, served_tensors

@@ -16,8 +16,9 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.serving.batch import Batch, Request
+from trainer.serving.batch import Batch
 from trainer.serving.errors import EngineFailedError, QueueFullError
+from trainer.serving.request import Request
 
 FAILED_STEPS_MAX = 3  # in a row, before the engine calls itself unhealthy
 

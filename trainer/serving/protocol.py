@@ -14,7 +14,6 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from trainer.serving.batch import VersionSpan
 from trainer.serving.errors import (
     BadRequestError,
     EngineFailedError,
@@ -23,6 +22,7 @@ from trainer.serving.errors import (
     WeightsRefusedError,
     WeightUpdateError,
 )
+from trainer.serving.request import VersionSpan
 from trainer.serving.sampling import SamplingParams
 from trainer.serving.text import TextState
 

@@ -243,7 +243,8 @@ def _linked(model: Path, target: Path) -> Path:
     """Make an existing model directory the run's first policy, without copying it."""
     if not (model / "config.json").is_file():
         raise ConfigError(
-            f"policy.model = {str(model)!r} is neither MODULE:FUNCTION nor a model directory (no config.json in it)"
+            f"policy.model = {str(model)!r} is neither MODULE:FUNCTION nor a model directory (no config.json in it). A model "
+            "of a hub is downloaded first: hf download OWNER/NAME --local-dir NAME"
         )
     refuse_directory(model)
     target.parent.mkdir(parents=True, exist_ok=True)

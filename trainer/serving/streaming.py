@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from trainer.serving.batch import Completion, Delta
 from trainer.serving.chat import ChatFormat
 from trainer.serving.errors import ServingError
 from trainer.serving.hermes import HermesStream
 from trainer.serving.protocol import error_body, status_of
+from trainer.serving.request import Completion, Delta
 from trainer.serving.text import Detokenizer, StopStrings, TextState
 
 

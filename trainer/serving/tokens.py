@@ -22,7 +22,6 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from trainer.serving.answers import ChatAnswer
-from trainer.serving.batch import Completion, Delta
 from trainer.serving.chat import ChatFormat
 from trainer.serving.choices import complete, each_choice, streams, usage
 from trainer.serving.engine import Engine
@@ -40,6 +39,7 @@ from trainer.serving.protocol import (
     json_response,
     read_body,
 )
+from trainer.serving.request import Completion, Delta
 from trainer.serving.streaming import StreamedText, merged, server_sent
 
 LOGPROB_MIN = -9999.0  # JSON has no -inf; OpenAI writes this for a token that could not have been sampled

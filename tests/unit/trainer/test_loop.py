@@ -14,11 +14,12 @@ import torch
 from lightning_bus.adapters import Row, ScoredRollout
 from tests.reference.rows import tiny_llama
 from tests.unit.trainer.test_algorithms import Half
-from tests.unit.trainer.test_rl import StubBus, a_session, finished, rows_of
+from tests.unit.trainer.test_rl import CREDIT, StubBus, a_session, finished, rows_of
 from tests.unit.trainer.test_rl import group as a_group
 from trainer.algorithms import rl
 from trainer.algorithms.base import Algorithm
 from trainer.algorithms.batches import Batch
+from trainer.algorithms.chosen import algorithm_of
 from trainer.algorithms.policy_gradients import CISPO
 from trainer.config import RlSection
 from trainer.data.batch import pack_rows
@@ -130,7 +131,7 @@ def a_world(tmp_path: Path, algorithm: Algorithm, **config: Any) -> tuple[Any, W
 def test_by_default_a_step_is_bit_for_bit_one_of_cispo_on_centred_rewards(tmp_path: Path) -> None:
     batch = Batch(rows_of(a_group("a", 0.0, 1.0), a_group("b", 0.0, 1.0, tokens=5)))
     session, _ = a_world(tmp_path, Half())
-    learner = rl.Learner(session)
+    learner = rl.Learner(session, algorithm_of(session.train.rl, CREDIT))
     rows = learner.rows(batch, Phases())
     assert learner.learn(rows, Phases()).policy
     theirs = tiny_llama(vocab_size=64)

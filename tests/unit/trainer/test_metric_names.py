@@ -1,4 +1,4 @@
-"""docs/training.md explains every name that a line of metrics.jsonl can hold, and none that no line holds."""
+"""docs/metrics.md explains every name that a line of metrics.jsonl can hold, and none that no line holds."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ VARIES = re.compile(r"\b[A-Z]+\b|(?<=_)[A-Z]+\b")  # REASON, and the S of kl_k2_
 
 
 def table() -> dict[str, tuple[str, set[str]]]:
-    """Return name → (unit, phases) of the table under "## Metrics"."""
-    section = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("\n## Metrics\n")[1].split("\n## ")[0]
+    """Return name → (unit, phases) of the table under "## Names"."""
+    section = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("\n## Names\n")[1].split("\n## ")[0]
     found: dict[str, tuple[str, set[str]]] = {}
     for row in re.findall(r"^\| (`.*) \|$", section, re.MULTILINE):
         names, unit, phases, meaning = re.split(r"\s*(?<!\\)\|\s*", row, maxsplit=3)

@@ -11,16 +11,22 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.unit.trainer.serving_fixtures import build_model, build_tokenizer, reference_logprobs
-from trainer.serving.batch import Completion, Delta
+from tests.unit.trainer.serving_fixtures import (
+    build_model,
+    build_tokenizer,
+    reference_logprobs,
+    stand_still_after,
+    until,
+)
 from trainer.serving.engine import Engine
 from trainer.serving.errors import BadRequestError, EngineFailedError, QueueFullError
+from trainer.serving.request import Completion, Delta
 from trainer.serving.sampling import SamplingParams
 from trainer.serving.slots import write_weights
 from trainer.serving.weights import served_tensors
 
 pytestmark = pytest.mark.anyio
-TOLERANCE = 1e-5
+TOLERANCE = 3e-5  # who shares a batch depends on threads, and with it in which order float32 adds
 
 
 @pytest.fixture
@@ -139,12 +145,13 @@ async def test_a_weight_swap_in_flight_splits_the_versions_and_each_part_keeps_i
     old, new = build_model(0), build_model(1)
     file = write_weights(served_tensors(new), tmp_path / "w.safetensors", "step-1")
     prompt = [3, 1, 4, 1, 5]
+    stand_still_after(engine, 20)
     stream = engine.stream(prompt, SamplingParams(max_tokens=60, ignore_eos=True))
     completion = await swapped_at(engine, stream, 20, file)
 
     first, second = completion.weight_versions
     assert (first.version, first.start, second.version, second.end) == ("0", 0, "step-1", 60)
-    assert first.end == second.start >= 20
+    assert first.end == second.start == 20
     cut = first.end
     before = reference_logprobs(old, prompt, completion.token_ids[:cut])
     assert completion.logprobs[:cut] == pytest.approx(before, abs=TOLERANCE)
@@ -167,7 +174,7 @@ async def swapped_at(
             return item
         seen += 1
         if seen == tokens:
-            await engine.pause("keep")
+            await until(lambda: engine.is_paused)
             engine.start_weight_update()
             await engine.update_weights(file)  # type: ignore[arg-type]
             await engine.finish_weight_update("step-1")
@@ -279,6 +286,7 @@ async def test_what_does_not_fit_is_refused_with_the_limit(engine: Engine) -> No
 
 async def test_closing_ends_what_is_in_flight_with_an_error(model: LlamaForCausalLM) -> None:
     engine = Engine(model, build_tokenizer())
+    stand_still_after(engine, 1)
     stream = engine.stream([1], SamplingParams(max_tokens=400, ignore_eos=True))
     await anext(stream)
     await asyncio.to_thread(engine.close)

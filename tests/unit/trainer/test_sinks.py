@@ -23,10 +23,11 @@ NUMBERS = {
     "rl/step": 3, "rl/version": 4, "rl/wall_s": 1.5, "rl/reward_mean": 0.5, "rl/dropped/stale": 2,
     "rl/reward_shares/final": 1.0,
 }  # fmt: skip
+WITHOUT_STEP = {name: value for name, value in NUMBERS.items() if name != "rl/step"}  # where it is the axis
 
 
 def a_run(directory: Path, *names: Any) -> Any:
-    train = TrainSection(tasks="", held_out="", log=list(names))
+    train = TrainSection(tasks="", held_out="", log=list(names), log_project="agents")
     sections = {TrainSection: train, PolicySection: PolicySection(model="")}
     return SimpleNamespace(directory=directory, section=sections.get, run=SimpleNamespace(name="calc", seed=7))
 
@@ -60,18 +61,30 @@ def test_wandb_goes_on_with_the_run_of_that_id_and_each_phase_has_its_own_step(
 ) -> None:
     wandb = Said("wandb")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
     sinks = Sinks(a_run(tmp_path, "wandb"), "calc-1a")
     sinks.write(LINE)
     sinks.close()
     verbs = [verb for verb, _, _ in wandb.said]
     assert verbs == ["init", *["define_metric"] * 8, "log", "finish"]
     named = wandb.said[0][2]
-    assert {key: named[key] for key in ("project", "name", "id", "resume")} == {
-        "project": "lightning-bus", "name": "calc", "id": "calc-1a", "resume": "allow",
+    assert {key: named[key] for key in ("project", "name", "id", "resume", "dir")} == {
+        "project": "agents", "name": "calc", "id": "calc-1a", "resume": "allow", "dir": str(tmp_path),
     }  # fmt: skip
     assert named["config"]["seed"] == 7 and named["config"]["train"]["rl"]["lr"] == 1e-6
     assert ("define_metric", ("rl/*",), {"step_metric": "rl/step"}) in wandb.said
     assert wandb.said[-2] == ("log", (NUMBERS,), {})
+
+
+def test_the_environment_of_wandb_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Said("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "tuesday")
+    Sinks(a_run(tmp_path, "wandb"), "calc-1a")
+    named = wandb.said[0][2]
+    assert (named["project"], named["name"]) == ("theirs", "tuesday")
 
 
 def test_trackio_is_given_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +94,8 @@ def test_trackio_is_given_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sinks.write(LINE)
     sinks.close()
     (_, _, named), *rest = trackio.said
-    assert (named["project"], named["name"], named["resume"]) == ("lightning-bus", "calc-1a", "allow")
-    assert rest == [("log", (NUMBERS,), {"step": 3}), ("finish", (), {})]
+    assert (named["project"], named["name"], named["resume"]) == ("agents", "calc-1a", "allow")
+    assert rest == [("log", (WITHOUT_STEP,), {"step": 3}), ("finish", (), {})]
 
 
 def test_tensorboard_shows_what_the_line_says(tmp_path: Path) -> None:
@@ -93,7 +106,7 @@ def test_tensorboard_shows_what_the_line_says(tmp_path: Path) -> None:
     sinks.close()
     read = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
-    assert set(read.Tags()["scalars"]) == set(NUMBERS)
+    assert set(read.Tags()["scalars"]) == set(WITHOUT_STEP)
     assert [(event.step, event.value) for event in read.Scalars("rl/reward_mean")] == [(3, 0.5), (4, 0.75)]
 
 

@@ -51,5 +51,5 @@ async def test_what_is_behind_a_run_is_skipped_and_a_version_is_published_again(
             life.happened.append(name)
 
         monkeypatch.setattr(training, name, happen)
-    await training.run_stages(life, None, [], [])  # pyright: ignore[reportArgumentType]
+    await training.run_stages(life, None, [], [], None)  # pyright: ignore[reportArgumentType]
     assert [what for what in life.happened if what != "cancel_unfinished"] == expected
