@@ -25,6 +25,7 @@ from lightning_bus.spans import Span
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = b"s" * 32
+PATIENCE_S = 60.0  # with what takes no time, on a machine that stands still for a while
 NOWHERE = "tcp://127.0.0.1:9"  # the discard port: nobody listens
 _numbers = itertools.count(1)
 
@@ -53,7 +54,7 @@ def span(name: str = "step", rollout_id: str = "", attempt: int = 0, **attribute
 
 @asynccontextmanager
 async def broker(
-    log_dir: Path, *, bind: str = "tcp://127.0.0.1:*", lease_s: float = 10.0, max_attempts: int = 5
+    log_dir: Path, *, bind: str = "tcp://127.0.0.1:*", lease_s: float = PATIENCE_S, max_attempts: int = 5
 ) -> AsyncGenerator[str]:
     """Run a broker in this event loop and give its address; when the context ends it has stopped and closed its log."""
     section = BrokerSection(bind=bind, lease_s=lease_s, max_attempts=max_attempts, drain_s=0.0)
@@ -77,7 +78,7 @@ async def broker(
 class BrokerProcess:
     """A broker in a process of its own, which can be killed. Starting it again goes on at the same address and log."""
 
-    def __init__(self, log_dir: Path, *, lease_s: float = 10.0, max_attempts: int = 5) -> None:
+    def __init__(self, log_dir: Path, *, lease_s: float = PATIENCE_S, max_attempts: int = 5) -> None:
         self.log_dir = log_dir
         self.address = "tcp://127.0.0.1:*"
         self._arguments = [str(lease_s), str(max_attempts)]
@@ -145,7 +146,7 @@ class RawPeer:
         """Return the next message, out of its bundle if it came in one."""
 
         def wait() -> list[bytes]:
-            assert self._socket.poll(20_000), "no answer within 20 s"
+            assert self._socket.poll(PATIENCE_S * 1e3), f"no answer within {PATIENCE_S} s"
             return self._socket.recv_multipart()
 
         while not self.inbox:

@@ -5,9 +5,11 @@ Everything is served over real sockets, from threads that end with the test.
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import Any
 import anthropic
 import anyio
 import anyio.to_thread
+import httpx
 import openai
 import uvicorn
 from starlette.applications import Starlette
@@ -29,6 +32,7 @@ from lightning_bus.gateway.app import build_app
 from lightning_bus.spans import Span
 
 SECRET = b"s" * 32
+PATIENCE_S = 60.0  # with what takes no time, on a machine that stands still for a while
 PROMPT_IDS = [1, 2, 3, 4]
 RESPONSE_IDS = [7, 8, 9]
 LOGPROBS = [-0.5, -0.25, -1.5]
@@ -202,6 +206,24 @@ def serving(app: Starlette, listener: socket.socket | None = None) -> Iterator[s
         listener.close()
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Return when the condition is true; what makes it so runs in other threads."""
+    give_up_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < give_up_s, "nothing happened"
+        time.sleep(0.005)
+
+
+get, post = (functools.partial(ask, timeout=PATIENCE_S) for ask in (httpx.get, httpx.post))
+
+
+def closed_port() -> socket.socket:
+    """A socket at whose port nobody listens. As long as it is open, no other process gets that port."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    return bound
+
+
 def free_listener() -> socket.socket:
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -241,7 +263,7 @@ def open_world(**section: Any) -> Iterator[World]:
     engine, bus = Engine(), Bus()
     with ExitStack() as stack:
         upstream = stack.enter_context(serving(engine.app()))
-        limits = {"admission_wait_s": 5.0, "request_limit_s": 5.0, "body_bytes_max": 10_000, **section}
+        limits = {"admission_wait_s": PATIENCE_S, "request_limit_s": PATIENCE_S, "body_bytes_max": 10_000, **section}
         app = build_app(bus, section=GatewaySection(upstreams=[upstream], **limits), secret=SECRET)
         world = World(engine, bus, stack.enter_context(serving(app)), upstream)
         stack.push(world.closing)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_bus.config import GatewaySection
 from lightning_bus.gateway.app import build_app
 from tests.chat_templates import TEMPLATES, tokenizer
-from tests.gateway_fixtures import SECRET, Bus, Engine, World, serving
+from tests.gateway_fixtures import PATIENCE_S, SECRET, Bus, Engine, World, serving
 
 Body = dict[str, Any]
 
@@ -255,7 +255,7 @@ def token_world(*engines: TokenEngine, **section: Any) -> Iterator[World]:
     bus = Bus()
     with ExitStack() as stack:
         urls = [stack.enter_context(serving(engine.app())) for engine in engines]
-        limits = {"admission_wait_s": 5.0, "request_limit_s": 5.0, **section}
+        limits = {"admission_wait_s": PATIENCE_S, "request_limit_s": PATIENCE_S, **section}
         app = build_app(bus, section=GatewaySection(upstreams=urls, **limits), secret=SECRET)
         world = World(Engine(), bus, stack.enter_context(serving(app)), urls[0])
         stack.push(world.closing)

@@ -7,11 +7,13 @@ same parrot (tests/engines.py): it calls a tool when asked the one question it k
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
 
+from lightning_bus import ConfigError
 from tests.engines import (
     CALL,
     CHAT,
@@ -30,8 +32,10 @@ from tests.engines import (
     reference_logprobs_TV,
     spans,
 )
+from trainer.refusals import PROBE, refuse_engine
+from trainer.serving.errors import EngineAnsweredError
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1800)]
 
 WORDY = {"role": "user", "content": "Tom has 3 apples and buys 4 more. Tell me a story about all of them."}
 
@@ -244,6 +248,18 @@ def said(message: dict[str, Any]) -> tuple[str, list[tuple[str, Any]]]:
     return message["content"] or "", [(call["name"], json.loads(call["arguments"])) for call in calls]
 
 
+async def test_a_text_becomes_the_trainers_tokens_and_another_tokenizer_is_refused(door: Door) -> None:
+    tokenizer = door.weights.tokenizer
+    assert await door.control.tokenize("policy", PROBE) == tokenizer.encode(PROBE, add_special_tokens=False)
+    await refuse_engine(door.control, "policy", tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["brown"])
+    with pytest.raises(ConfigError, match="different tokenizers: .* which differ from token"):
+        await refuse_engine(door.control, "policy", other)
+    with pytest.raises(EngineAnsweredError, match="404.*nobody"):
+        await door.control.tokenize("nobody", PROBE)
+
+
 # --- refusals ---
 
 
@@ -263,7 +279,7 @@ def said(message: dict[str, Any]) -> tuple[str, list[tuple[str, Any]]]:
         (GENERATE, generate_body([]), 400),
         (GENERATE, generate_body([-1]), 400),
         (GENERATE, generate_body([10_000_000]), 400),
-        (GENERATE, generate_body([5] * 2000), 400),
+        (GENERATE, generate_body([5] * 5000), 400),
         (GENERATE, {**generate_body([5]), "model": "nobody"}, 404),
         (GENERATE, {"sampling_params": {}}, 400),
         (DERENDER, {"model": "nobody", "generate_response": {"choices": []}, "chat_request": chat_body()}, 404),

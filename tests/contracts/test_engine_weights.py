@@ -30,8 +30,9 @@ from trainer.serving.errors import EngineAnsweredError
 from trainer.serving.slots import WeightSlots
 from trainer.serving.weights import WeightFile, served_tensors
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1800)]
 TRIES = 40  # to meet a quick engine while it is at something; on a busy machine we are the slower ones
+TOLD_APART = 50  # tokens: on so many, weights that computed them otherwise cannot agree by chance
 
 
 async def test_pushed_weights_are_what_answers_under_their_version(door: Door) -> None:
@@ -62,13 +63,12 @@ async def test_a_generation_goes_on_across_a_swap_each_part_under_its_own_weight
     first, second, parts = await generated_across_a_swap(door, prompt)
     token_ids: list[int] = sum([part["token_ids"] for part in parts], [])
     [(one, start, cut), (two, again, end)] = spans(parts[-1])
-    assert (one, two, start, again, end) == (first, second, 0, cut, 400)
-    assert 3 <= cut < 400
+    assert (one, two, start, again, end) == (first, second, 0, cut, len(token_ids))
     models = [(door.weights.parrot, token_ids[:cut]), (door.weights.other, token_ids[cut:])]
     reference_TV = reference_logprobs_TV(models, prompt, 1.0)
     logprobs = [own for part in parts for own in own_logprobs(part)]
-    # Of 400 tokens drawn anew each time, the worst may be further off than NEAR; the wrong weights are off by 0.1.
-    check_logprobs(reference_TV, token_ids, logprobs, near=5 * NEAR)
+    # Of many tokens drawn anew each time, the worst may be further off than NEAR; the wrong weights are off by 0.1.
+    check_logprobs(reference_TV, token_ids, logprobs, near=20 * NEAR)
     # Had the keys and values been computed anew, these would be the log-probs: far from those that were reported.
     anew_TV = reference_logprobs_TV([(door.weights.other, token_ids)], prompt, 1.0)
     off = at_tokens(anew_TV, token_ids) - torch.tensor(logprobs)
@@ -79,13 +79,14 @@ async def generated_across_a_swap(door: Door, prompt: list[int]) -> tuple[str, s
     """Return two versions and what was generated under both. A quick engine may be done before the push has begun."""
     for _ in range(TRIES):
         first, second = await door.push(door.weights.parrot), ""
-        body = generate_body(prompt, temperature=1.0, max_tokens=400) | {"cache_salt": first}
+        body = generate_body(prompt, temperature=1.0, max_tokens=door.long_tokens) | {"cache_salt": first}
         parts: list[dict[str, Any]] = []
         async for event in door.stream(GENERATE, body):
             parts += event["choices"]
-            if len(parts) >= 3 and not second:
+            if not second:
                 second = await door.push(door.weights.other)
-        if len(spans(parts[-1])) > 1:
+        [*_, (version, start, end)] = spans(parts[-1])
+        if (version, start > 0) == (second, True) and end - start > TOLD_APART:
             return first, second, parts
     pytest.fail(f"none of {TRIES} generations was still under way when the new weights came")
 
@@ -135,9 +136,11 @@ async def test_standing_still_loses_none_of_32_requests(door: Door) -> None:
 
 
 async def test_an_abort_ends_what_is_under_way_with_what_it_has(door: Door) -> None:
-    body = generate_body(prompt_ids(door.weights.tokenizer), max_tokens=400)
+    body = generate_body(prompt_ids(door.weights.tokenizer), max_tokens=door.long_tokens)
     for _ in range(TRIES):
         task = asyncio.create_task(door.post(GENERATE, body))
+        while not await door.running() and not task.done():
+            pass
         seen, paused, reason = 0, False, None
         async for event in door.stream(GENERATE, body):
             for choice in event["choices"]:
@@ -147,10 +150,10 @@ async def test_an_abort_ends_what_is_under_way_with_what_it_has(door: Door) -> N
                 await door.control.pause("abort")
         await door.control.resume()
         choice = (await task)["choices"][0]
-        # Of two requests the other may have come when the engine stood already, or have been done: then once more.
+        # One of them may have been done before the pause came: then once more.
         if (reason, choice["finish_reason"]) == ("abort", "abort"):
-            assert 0 < seen < 400
-            assert len(choice["token_ids"]) < 400
+            assert 0 < seen < door.long_tokens
+            assert len(choice["token_ids"]) < door.long_tokens
             return
     pytest.fail(f"in none of {TRIES} tries were both under way when the engine was paused")
 

@@ -21,12 +21,21 @@ from lightning_bus.adapters.transitions import transitions_of
 from lightning_bus.config import GatewaySection
 from lightning_bus.gateway.app import build_app
 from lightning_bus.spans import model_call
-from tests.engines import QUESTION, TOOLS, ServedEngine, build_parrot, serve_embedded, serve_vllm
+from tests.engines import (
+    LONG_TOKENS,
+    PATIENCE_S,
+    QUESTION,
+    TOOLS,
+    ServedEngine,
+    build_parrot,
+    running_requests,
+    serve_embedded,
+    serve_vllm,
+)
 from tests.gateway_fixtures import SECRET, Bus, Engine, World, serving
 
-pytestmark = pytest.mark.timeout(420)
-TOKENS = 450  # of an answer long enough to be cut off
-CUT_TRIES = 40  # about every second one is
+pytestmark = pytest.mark.timeout(1800)
+CUT_TRIES = 40  # to meet a quick engine while it is at an answer; on an idle machine the first is
 
 
 @pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=[pytest.mark.slow, pytest.mark.vllm])])
@@ -42,17 +51,23 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def world(engine: ServedEngine) -> Iterator[World]:
     with ExitStack() as stack:
         bus = Bus()
-        section = GatewaySection(upstreams=[engine.url], admission_wait_s=30, request_limit_s=60)
+        section = GatewaySection(upstreams=[engine.url], admission_wait_s=PATIENCE_S, request_limit_s=PATIENCE_S)
         app = build_app(bus, section=section, secret=SECRET)
         opened = World(Engine(), bus, stack.enter_context(serving(app)), engine.url)
         stack.push(opened.closing)
         yield opened
 
 
+@pytest.fixture
+def long_tokens(engine: ServedEngine) -> int:
+    """Of an answer long enough to be cut off."""
+    return LONG_TOKENS[engine.kind]
+
+
 @pytest.fixture(scope="module")
 def http() -> Iterator[httpx.Client]:
     """A client at hand: to make one takes longer than a quick engine's answer."""
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -108,7 +123,7 @@ def test_ids_and_words_are_those_of_the_chat_route(world: World, more: dict[str,
     direct = httpx.post(
         f"{world.engine_url}/v1/chat/completions",
         json={**asked, "logprobs": True, "return_token_ids": True},
-        timeout=60,
+        timeout=PATIENCE_S,
     ).json()
     client = world.client()
     texts: dict[int, str] = {}
@@ -141,8 +156,8 @@ def tokens_of(logprobs: Any) -> list[Any]:
     ]
 
 
-def test_a_stream_that_a_pause_cuts_off_goes_on(world: World, http: httpx.Client) -> None:
-    asked: dict[str, Any] = {"model": "policy", "messages": [QUESTION], "max_tokens": TOKENS, "temperature": 1.0}
+def test_a_stream_that_a_pause_cuts_off_goes_on(world: World, http: httpx.Client, long_tokens: int) -> None:
+    asked: dict[str, Any] = {"model": "policy", "messages": [QUESTION], "max_tokens": long_tokens, "temperature": 1.0}
     # A quick engine may have made all tokens before the pause is there. Each stream is whole; one must have been cut off.
     for _ in range(CUT_TRIES):
         world.bus.appended.clear()
@@ -151,31 +166,30 @@ def test_a_stream_that_a_pause_cuts_off_goes_on(world: World, http: httpx.Client
         cut_off(world, http)
         for _ in stream:
             pass
-        check_whole(world)
-        if metric(world, http, "engine_retries_total") == 1.0:
+        check_whole(world, long_tokens)
+        if metric(world, http, "engine_retries_total"):
             return
     pytest.fail(f"none of {CUT_TRIES} streams was cut off")
 
 
-def test_an_answer_that_a_pause_cuts_off_goes_on(world: World, http: httpx.Client) -> None:
-    asked: dict[str, Any] = {"model": "policy", "messages": [QUESTION], "max_tokens": TOKENS, "temperature": 1.0}
+def test_an_answer_that_a_pause_cuts_off_goes_on(world: World, http: httpx.Client, long_tokens: int) -> None:
+    asked: dict[str, Any] = {"model": "policy", "messages": [QUESTION], "max_tokens": long_tokens, "temperature": 1.0}
     client = world.client()
 
     def ask() -> None:
         client.chat.completions.create(**asked, extra_body={"ignore_eos": True})
 
-    # Nobody can see whether an answer in one piece has begun, so a pause may come a little early, or too late for a quick
-    # engine; it must not matter. One answer must have been cut off.
+    # A quick engine may be done before the pause is there; it must not matter. One answer must have been cut off.
     for _ in range(CUT_TRIES):
         world.bus.appended.clear()
         asking = threading.Thread(target=ask)
         asking.start()
-        while asking.is_alive() and metric(world, http, "calls_in_flight") != 1.0:
+        while asking.is_alive() and not running_requests(http.get(f"{world.engine_url}/metrics").text):
             pass
         cut_off(world, http)
         asking.join()
-        check_whole(world)
-        if metric(world, http, "engine_retries_total") == 1.0:
+        check_whole(world, long_tokens)
+        if metric(world, http, "engine_retries_total"):
             return
     pytest.fail(f"none of {CUT_TRIES} answers was cut off")
 
@@ -191,9 +205,9 @@ def cut_off(world: World, http: httpx.Client) -> None:
     http.post(f"{world.engine_url}/resume").raise_for_status()
 
 
-def check_whole(world: World) -> None:
+def check_whole(world: World, tokens: int) -> None:
     [span] = world.bus.spans
     call = model_call(span)
-    assert (call.untrainable, len(call.response_ids_R), span.attributes[s.FINISH_REASONS]) == ("", TOKENS, ["length"])
+    assert (call.untrainable, len(call.response_ids_R), span.attributes[s.FINISH_REASONS]) == ("", tokens, ["length"])
     assert [part[1] for part in call.weight_versions[1:]] == [part[2] for part in call.weight_versions[:-1]]
-    assert call.weight_versions[-1][2] == TOKENS
+    assert call.weight_versions[-1][2] == tokens

@@ -24,7 +24,7 @@ from trainer.policy.model import load_policy
 from trainer.serving.engine import Engine
 from trainer.serving.sampling import SamplingParams
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1800)]
 
 TEMPERATURES = [0.5, 1.0, 1.3]
 TEXTS = ["2+2?", "Tom has 3 apples and buys 4 more.", "Tell me a story about all of them, and take your time."]

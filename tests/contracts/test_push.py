@@ -5,7 +5,6 @@ What this file leaves unwatched: engines that are killed while a push is under w
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -15,20 +14,20 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.engines import ServedEngine, build_parrot, load, serve_embedded, serve_vllm
+from tests.engines import PATIENCE_S, ServedEngine, build_parrot, load, serve_embedded, serve_vllm
 from tests.unit.trainer.test_serving_weights import Damage, change_a_shape, flip_a_bit, lose_a_name, overwrite, remove
+from trainer.policy.lora import write_adapter
 from trainer.policy.model import named_weights
 from trainer.serving.adapters import push_adapter
 from trainer.serving.errors import WeightsRefusedError, WeightUpdateError
 from trainer.serving.fleet import Fleet
-from trainer.serving.proof import differences, evidence
+from trainer.serving.proof import CONTINUATION, differences, evidence
 from trainer.serving.push import FileOffer, FileTransfer, PushTimes, Target, push
 from trainer.serving.remote import RemoteEngine
 from trainer.serving.slots import WeightDirectory, WeightSlots
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(1800)]
 PROMPT = list(range(5, 21))
 
 
@@ -49,7 +48,7 @@ def served(
 @pytest.fixture
 async def engine(served: ServedEngine) -> AsyncIterator[RemoteEngine]:
     async with httpx.AsyncClient() as client:
-        yield RemoteEngine(client, served.url)
+        yield RemoteEngine(client, served.url, limit_s=PATIENCE_S)
 
 
 @pytest.fixture
@@ -158,32 +157,38 @@ async def test_an_adapter_is_pushed_in_place_of_the_one_before(
         assert not await engine.is_paused() and await engine.health()
         return
     await push(FileTransfer(WeightSlots(tmp_path, "run")).offer(weights, "40"), [Target(engine)])
-    name = "model.layers.0.self_attn.q_proj"
     for version, seed in (("41", 0), ("42", 1)):
-        generator = torch.Generator().manual_seed(seed)
-        down, up = torch.randn(4, 192, generator=generator), torch.randn(192, 4, generator=generator)
-        adapter = tmp_path / f"adapter-{version}"
-        adapter.mkdir()
-        parts = {"lora_A": down, "lora_B": up}
-        save_file(
-            {f"base_model.model.{name}.{part}.weight": tensor for part, tensor in parts.items()},
-            adapter / "adapter_model.safetensors",
-        )
-        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
-        (adapter / "adapter_config.json").write_text(json.dumps(settings))
-        times = await push_adapter(engine, "policy-lora", adapter, version)
+        merged = write_random_adapter(tmp_path / version, weights, seed)
+        times = await push_adapter(engine, "policy-lora", tmp_path / version, version)
         assert times.standstill_ms > 0 and await engine.label() == version
-        merged = {**weights, f"{name}.weight": weights[f"{name}.weight"] + 8 / 4 * up @ down}
         sampling = {"max_tokens": 1, "temperature": 0, "logprobs": 0}
         text = {"model": "policy-lora", "prompt": PROMPT, "cache_salt": version, **sampling}
         ids = {"model": "policy-lora", "token_ids": PROMPT, "cache_salt": version, "sampling_params": sampling}
-        async with httpx.AsyncClient(timeout=60, base_url=served.url) as client:
+        async with httpx.AsyncClient(timeout=PATIENCE_S, base_url=served.url) as client:
             completed = (await client.post("/v1/completions", json=text)).json()["choices"][0]
             generated = (await client.post("/inference/v1/generate", json=ids)).json()["choices"][0]
         found = [completed["logprobs"]["token_logprobs"][0], generated["logprobs"]["content"][0]["logprob"]]
         assert found == pytest.approx([await expected(directory, merged)] * 2, abs=1e-3)
         assert [span["version"] for span in generated["weight_versions"]] == [version]
     assert await answered(engine) == pytest.approx(await expected(directory, weights), abs=1e-4)
+    # No checksum covers an adapter, so that another one is in its place shows in what it says.
+    assert await engine.adapters() == ["policy-lora"]
+    second = await evidence(engine)
+    await push_adapter(engine, "policy-lora", tmp_path / "42", "42")
+    assert await differences(engine, second) == []
+    await push_adapter(engine, "policy-lora", tmp_path / "41", "41")
+    assert await differences(engine, second) == [CONTINUATION]
+
+
+def write_random_adapter(adapter: Path, weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Write an adapter of one matrix, and return the whole model's weights with it."""
+    name = "model.layers.0.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(4, 192, generator=generator), torch.randn(192, 4, generator=generator)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    prefix = f"base_model.model.{name}"
+    write_adapter(adapter, config, {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up})
+    return {**weights, f"{name}.weight": weights[f"{name}.weight"] + 8 / 4 * up @ down}
 
 
 async def test_a_file_that_changes_before_it_is_loaded_makes_the_replica_unfit(

@@ -34,6 +34,8 @@ class Proxy:
         self.address = ""
         self.delay_s = 0.0  # of each piece, either way
         self.accepted = 0
+        self.lets_in = anyio.Event()  # while it is not set, new connections wait
+        self.lets_in.set()
         self._target = target.removeprefix("tcp://").rsplit(":", 1)
         self._open: set[Connection] = set()
 
@@ -56,6 +58,7 @@ class Proxy:
 
     async def serve(self, client: SocketStream) -> None:
         self.accepted += 1
+        await self.lets_in.wait()
         host, port = self._target
         try:
             server = await anyio.connect_tcp(host, int(port))

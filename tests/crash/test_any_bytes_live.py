@@ -25,7 +25,7 @@ from tests.crash.callers import calling
 from tests.crash.fuzzer import SOMEBODY_ELSE, Fuzzer, tcp_garbage
 from tests.crash.history import History
 
-pytestmark = [pytest.mark.crash, pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.crash, pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(900)]
 
 FRAMES = 100_000
 FRAMES_WARM_UP = 20_000  # then allocators and tables have the size that they keep

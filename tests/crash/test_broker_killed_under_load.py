@@ -18,7 +18,7 @@ from tests.crash.broker_lives import BrokerLives
 from tests.crash.callers import calling
 from tests.crash.history import History
 
-pytestmark = [pytest.mark.crash, pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.crash, pytest.mark.slow, pytest.mark.anyio, pytest.mark.timeout(900)]
 
 RINGS = 4
 KILLS_PER_RING = 50

@@ -65,7 +65,7 @@ def commit_next(log: LogWriter) -> int:
 
 
 @pytest.mark.crash
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_killed_at_any_step_of_a_new_segment_or_of_dropping_one_the_log_opens_with_everything(tmp_path: Path) -> None:
     seen: set[int] = set()
     for steps in range(STEPS_MAX):

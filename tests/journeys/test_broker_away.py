@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from lightning_bus import spans as s
 from lightning_bus.config import GatewaySection
 from lightning_bus.gateway.daemon import serve_gateway
 from lightning_bus.http import bind_tcp, http_server
+from lightning_bus.log.reader import LogReader
 from lightning_bus.otel import SpanExporter, Tracer
 from lightning_bus.otel import names as n
-from lightning_bus.records import Kind
+from lightning_bus.records import Kind, Record
 from tests.bus_fixtures import SECRET, BrokerProcess
 from tests.gateway_fixtures import Engine
 from workers.agent import agent_of
@@ -34,12 +35,14 @@ from workers.config import WorkerSection
 from workers.context import RolloutContext
 from workers.runtime import run_worker
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(300)]
 
 AWAY_S = 30.0
 CALLERS, CALLS = 8, 40
 MESSAGES = 500
-SOON_S = 3.0  # on a busy machine, beyond a time limit
+LIMITS_S = {"floods": 1.0, "hurries": 2.0, "is_told": 4.0, "is_stopped": 29.0}  # after which each of these is told
+LEASE_S = 30.0  # a machine that stands still for a while loses no attempt
+SOON_S = 20.0  # beyond a time limit, on such a machine
 
 
 @asynccontextmanager
@@ -63,8 +66,9 @@ class Agents:
     """What the agents of this run do, by the kind of their task, and what they saw."""
 
     def __init__(self, bus_address: str, hasty_url: str) -> None:
-        self.answered = 0
+        self.answered: list[str] = []  # what was asked, of the answers that agents have seen
         self.midway, self.away = anyio.Event(), anyio.Event()
+        self.heard_out = anyio.Event()  # all who have little patience were told, and who traces was not held up
         self.told: dict[str, str] = {}  # what an agent with little patience was told
         self.waited_s: dict[str, float] = {}  # and after how long
         self.taken = 0  # spans that the full exporter took
@@ -82,9 +86,10 @@ class Agents:
         """Call the model again and again, streamed and not, and never notice anything."""
         model = self._client(rollout)
         for number in range(CALLS):
-            await self._ask(model, f"{rollout.rollout_id} {number}", stream=number % 2 == 0)
-            self.answered += 1
-            if self.answered == CALLERS * CALLS // 4:
+            question = f"{rollout.rollout_id} {number}"
+            await self._ask(model, question, stream=number % 2 == 0)
+            self.answered.append(question)
+            if len(self.answered) == CALLERS * CALLS // 4:
                 self.midway.set()
 
     async def emits(self, rollout: RolloutContext) -> None:
@@ -97,7 +102,7 @@ class Agents:
             began_s = anyio.current_time()
             for number in range(MESSAGES // 2, MESSAGES):
                 tracer.emit_message(str(number))
-            self.waited_s["emits"] = anyio.current_time() - began_s
+            self._waited("emits", began_s)
 
     async def emits_from_afar(self, rollout: RolloutContext) -> None:
         """Trace by way of a gateway that gives up early, so that the same spans are sent again and again."""
@@ -151,7 +156,7 @@ class Agents:
             await self.away.wait()
             await self._ask(self._client(rollout), "is stopped")
         finally:
-            self.waited_s["is_stopped"] = anyio.current_time() - began_s
+            self._waited("is_stopped", began_s)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -174,7 +179,12 @@ class Agents:
 
     def _told(self, who: str, exc: Exception, began_s: float) -> None:
         self.told[who] = str(exc)
+        self._waited(who, began_s)
+
+    def _waited(self, who: str, began_s: float) -> None:
         self.waited_s[who] = anyio.current_time() - began_s
+        if len(self.waited_s) == 1 + len(LIMITS_S):
+            self.heard_out.set()
 
 
 async def test_a_broker_that_is_away_for_half_a_minute_costs_time_and_nothing_else(tmp_path: Path) -> None:
@@ -184,8 +194,8 @@ async def test_a_broker_that_is_away_for_half_a_minute_costs_time_and_nothing_el
     tasks_of = {f"r-{number}": "calls" for number in range(CALLERS)} | {
         kind: kind for kind in ("emits", "emits_from_afar", "floods", "hurries", "is_told", "is_stopped")
     }
-    timeouts_s = {"is_stopped": 10.0}
-    with BrokerProcess(tmp_path / "log") as process:
+    timeouts_s = {"is_stopped": 30.0}
+    with BrokerProcess(tmp_path / "log", lease_s=LEASE_S) as process:
         async with (
             http_server(engine.app(), listener),
             Client(process.address) as bus,
@@ -202,15 +212,16 @@ async def test_a_broker_that_is_away_for_half_a_minute_costs_time_and_nothing_el
 
             async def take_away() -> None:
                 await agents.midway.wait()
-                await anyio.to_thread.run_sync(process.kill)
-                await anyio.sleep(1.0)  # the answers that were acknowledged arrive
-                before = agents.answered
-                assert before < CALLERS * CALLS
+                process.kill()  # blocking: however long it takes, no agent goes on meanwhile
+                assert len(agents.answered) < CALLERS * CALLS
                 agents.away.set()
-                await anyio.sleep(AWAY_S - 1.0)
-                assert agents.answered == before  # nobody acts on what is not in the log
+                await anyio.sleep(AWAY_S)
+                # Were somebody held up until the broker is back, we would wait for ever.
+                await agents.heard_out.wait()
+                with LogReader(tmp_path / "log") as reader:  # nobody acts on what is not in the log
+                    assert set(agents.answered) <= set(map(question_in, calls_in(reader.records())))
                 await anyio.to_thread.run_sync(process.start)
-                await bus.wait(list(tasks_of), limit_s=90.0)
+                await bus.wait(list(tasks_of), limit_s=120.0)
                 stop.set()
 
             async with anyio.create_task_group() as group:
@@ -225,8 +236,11 @@ async def test_a_broker_that_is_away_for_half_a_minute_costs_time_and_nothing_el
     assert {each: (end.status, end.attempt) for each, end in ends.items()} == {
         each: (Status.FAILED if each == "is_stopped" else Status.SUCCEEDED, 1) for each in tasks_of
     }
-    assert "did not return within 9 s" in ends["is_stopped"].error
-    assert (counts.done, counts.lost) == (len(tasks_of) - 1, 0)
+    # The worker says so a second before the broker would. On a machine on which it took us as long until the broker was
+    # away, that may be too late.
+    too_late = "took longer than timeout_s=30" in ends["is_stopped"].error
+    assert too_late or "did not return within 29 s" in ends["is_stopped"].error
+    assert counts.done == len(tasks_of) - 1 and counts.lost <= too_late
 
     # No span stands there twice, and each call that an agent saw the end of stands there once.
     assert max(Counter(span.span_id for span in log).values()) == 1
@@ -236,17 +250,16 @@ async def test_a_broker_that_is_away_for_half_a_minute_costs_time_and_nothing_el
     assert answered == dict.fromkeys(wanted, 1)
     # The engine was asked no second time, and what no agent saw the end of is recorded once or, the attempt over, not.
     asked = Counter(body["messages"][0]["content"] for body in engine.requests)
-    assert asked == dict.fromkeys([*wanted, "hurries", "is told", "is stopped"], 1)
+    assert set(wanted) <= asked.keys() <= {*wanted, "hurries", "is told", "is stopped"}
+    assert max(asked.values()) == 1
     assert not recorded - asked
     # What the exporters took is there, each once.
     for who, count in (("emits", MESSAGES), ("emits_from_afar", MESSAGES), ("floods", agents.taken)):
         messages = [span.attributes[n.MESSAGE_BODY] for span in log if _is_message(span, who)]
         assert sorted(messages, key=int) == [str(number) for number in range(count)]
 
-    # Nobody was held up for longer than its limit, and everybody was told why.
-    assert agents.waited_s["emits"] < 1.0
-    limits_s = {"floods": 1.0, "hurries": 2.0, "is_told": 4.0, "is_stopped": 9.0}
-    for who, limit_s in limits_s.items():
+    # Nobody was held up for longer than its limit, all of them while the broker was away, and everybody was told why.
+    for who, limit_s in LIMITS_S.items():
         assert limit_s - 0.1 < agents.waited_s[who] < limit_s + SOON_S, (who, agents.waited_s)
     assert agents.told["hurries"] == "Request timed out."
     assert "Is it running" in agents.told["is_told"]
@@ -261,11 +274,19 @@ def question_in(span: Span) -> str:
     return msgspec.json.decode(span.attributes[s.REQUEST_BODY])["messages"][0]["content"]
 
 
+def calls_in(records: Iterable[Record]) -> list[Span]:
+    return [span for span in spans_in(records) if s.REQUEST_BODY in span.attributes]
+
+
+def spans_in(records: Iterable[Record]) -> list[Span]:
+    return [one for record in records if record.kind is Kind.SPANS for one in decode_spans(record.body)]
+
+
 async def spans_of(bus: Client) -> list[Span]:
     """Return every span of the log."""
     found: list[Span] = []
     offset, end = 0, 1
     while offset < end:
         records, offset, end = await bus.fetch(offset, bytes_max=8 << 20)
-        found += [one for record in records if record.kind is Kind.SPANS for one in decode_spans(record.body)]
+        found += spans_in(records)
     return found

@@ -12,7 +12,7 @@ import pytest
 
 from tests.journeys.ring import LIMIT_S, Ring, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ALGORITHM = """
 from trainer import Algorithm

@@ -11,7 +11,7 @@ from openai import OpenAI
 
 from tests.journeys.ring import Ring, cli, free_ports, running, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KEYS = {
     "success_before_rl", "success_after_rl", "seconds", "rollouts_submitted", "rollouts_succeeded", "rollouts_failed",
@@ -46,7 +46,7 @@ def test_the_checkpoint_of_a_run_can_be_served(ring: Ring, tmp_path: Path) -> No
         def healthy() -> bool:
             assert serve.poll() is None, "serve ended"
             try:
-                return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+                return httpx.get(f"{url}/health", trust_env=False, timeout=30.0).status_code == 200
             except httpx.HTTPError:
                 return False
 
@@ -62,12 +62,17 @@ def test_the_checkpoint_of_a_run_can_be_served(ring: Ring, tmp_path: Path) -> No
 
 def test_a_run_with_keys_ends_as_well_and_tells_strangers_nothing(ring: Ring) -> None:
     ring.table["broker"]["keys"] = "auto"
-    ring.table["train"]["rl"]["steps_max"] = 1
+    ring.endless()
     ring.start()
     wait_until(lambda: "broker is up" in ring.said(), "the broker")
-    stranger = cli("status", "--bus", ring.bus, cwd=ring.cwd)
-    assert (stranger.returncode, "key" in stranger.stderr) == (2, True), stranger
-    operator = cli("status", "--bus", ring.bus, "--key", str(ring.run_dir / "keys" / "admin.key"), cwd=ring.cwd)
-    assert operator.returncode == 0, operator
-    assert ring.wait() == 0, ring.said()
-    ring.assert_complete(steps=1)
+
+    def stranger_is_told() -> bool:
+        asked = cli("status", "--bus", ring.bus, cwd=ring.cwd)
+        assert asked.returncode != 0, asked
+        return asked.returncode == 2 and "key" in asked.stderr
+
+    key = str(ring.run_dir / "keys" / "admin.key")
+    # Neither waits longer than a person would, so on a busy machine both may have to ask again.
+    wait_until(stranger_is_told, "a word about keys")
+    wait_until(lambda: cli("status", "--bus", ring.bus, "--key", key, cwd=ring.cwd).returncode == 0, "the operator's")
+    ring.end()

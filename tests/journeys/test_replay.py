@@ -18,7 +18,10 @@ from lightning_bus import Client, Submission
 from tests.bus_fixtures import ROOT, broker
 from tests.recorded_agent import Play
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="hook processes need process groups")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="hook processes need process groups"),
+    pytest.mark.timeout(600),
+]
 
 HOOK = """
 def by_length(rollout):
@@ -75,7 +78,7 @@ def test_a_run_is_scored_again_by_another_reward_and_another_credit(tmp_path: Pa
     command = [sys.executable, "-m", "lightning_bus.cli", "replay", "runs/r", "--reward", "my_rewards:by_length"]
     command += ["--credit", "turn", "--relevance", "0.5", "--out", "new"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert "written: new" in done.stdout
 

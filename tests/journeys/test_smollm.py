@@ -1,8 +1,8 @@
 """A real instruct model learns from real questions: SmolLM2-135M on GSM8K, served by vLLM, three updates of a small batch.
 
 GSM8K_JSONL names a file in GSM8K's format; without it a few questions of our own take its place. What is looked at:
-versions advance, each version's log-probs are those that the trainer computes from that version's weights, nothing of a
-conversation is tokenised twice, and what the run leaves loads again and answers. Whether 135 million parameters learn
+versions advance, the log-probs of each version that answered whole conversations are those that the trainer computes from
+that version's weights, nothing of a conversation is tokenised twice, and what the run leaves loads again and answers. Whether 135 million parameters learn
 arithmetic from 48 rollouts is not.
 """
 
@@ -27,7 +27,7 @@ from trainer.policy.logprob import token_scores
 from trainer.policy.model import load_policy
 from trainer.registry import read_log, tensors_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(3600)]
 
 STEPS = 3
 ROWS_LOOKED_AT = 4  # of each version: a forward pass of the whole model for every one
@@ -53,7 +53,7 @@ def test_a_real_model_is_updated_three_times_on_vllm(ring: Ring) -> None:
     configure(ring)
     ring.on_vllm()
     ring.start()
-    assert ring.wait(limit_s=800.0) == 0, ring.said()
+    assert ring.wait(limit_s=3000.0) == 0, ring.said()
     assert_updated(ring)
 
 
@@ -61,14 +61,14 @@ def configure(ring: Ring) -> None:
     """Make the ring one of SmolLM2 on word problems, sized for two cores."""
     questions = write_questions(ring.cwd / "gsm8k.jsonl")
     ring.table["policy"]["model"] = "examples.gsm8k.policy:build"
-    ring.table["worker"] |= {"agent": "examples.gsm8k.agent:agent", "concurrency": 16}
-    ring.table["broker"]["lease_s"] = 30.0
+    ring.table["worker"] |= {"agent": "examples.gsm8k.agent:agent", "concurrency": 16, "attempt_limit_s": 1500.0}
     ring.table["serve"] |= {"context_tokens": 512, "slots_max": 16}
     ring.table["train"] = {
         "tasks": f"examples.gsm8k.tasks:train {questions}",
         "held_out": f"examples.gsm8k.tasks:read {questions}",
         "token_budget": 1024,
         "keep_checkpoints": STEPS + 1,
+        "rollout_limit_s": 1500.0,
         "rl": {"steps_max": STEPS, "group_size": 4, "groups_per_step": 4, "staleness_max": 1, "lr": 2e-6},
         "eval": {"tasks": 8},
     }
@@ -97,12 +97,14 @@ def assert_updated(ring: Ring) -> None:
     assert all(line["grad_norm"] > 0 for line in lines)
     gaps = gaps_by_version(ring)
     print("mean |log-prob of the engine - of the trainer| by version:", gaps)
-    assert gaps.keys() == set(range(STEPS + 1)), "every version has answered, the last one when it was judged"
+    # Between those that the first and the last judge, one may have come and gone while each conversation had begun before
+    # it or ended after it: which do is a matter of how fast the trainer is and how fast the engine.
+    assert {0, STEPS} <= gaps.keys() <= set(range(STEPS + 1)), gaps
     assert max(gaps.values()) < GAP_MAX, gaps
     exported = ring.run_dir / "checkpoint"
     assert answer(exported, "What is the capital of France?") == "The capital of France is Paris."
     known = cli("weights", "list", "--run", str(ring.run_dir), "--json", cwd=ring.cwd)
-    assert {one["version"] for one in json.loads(known.stdout)["versions"]} == gaps.keys(), known
+    assert {one["version"] for one in json.loads(known.stdout)["versions"]} == set(range(STEPS + 1)), known
 
 
 def gaps_by_version(ring: Ring) -> dict[int, float]:

@@ -8,37 +8,35 @@ import pytest
 
 from tests.journeys.ring import Ring, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+STAGES = ("broker", "gateway", "serve", "worker", "train")
 
 
 def test_a_run_stopped_by_ctrl_c_goes_on_and_ends(ring: Ring) -> None:
-    ring.table["train"]["rl"]["steps_max"] = 8
+    ring.endless()
     ring.start()
     ring.wait_step(2)
     ring.signal(signal.SIGINT)
     assert ring.wait() == 130
     assert not ring.pids()
     assert "Traceback" not in ring.said()
-    steps_before = len(ring.metrics("rl"))
-    assert steps_before < 8
+    assert "go on with: lightning-bus up runs/mini" in ring.said()
     assert not (ring.run_dir / "summary.json").exists()
     ring.start("runs/mini")
-    assert ring.wait() == 0, ring.said()
-    ring.assert_complete(steps=8)
+    ring.wait_steps(2)
+    ring.end()
 
 
 @pytest.mark.crash
 def test_a_run_whose_supervisor_was_killed_leaves_nothing_behind_and_goes_on(ring: Ring) -> None:
-    ring.table["train"]["rl"]["steps_max"] = 6
+    ring.endless()
     ring.start()
     ring.wait_step(1)
-    assert {"broker", "gateway", "serve", "worker", "train"} == {stage for stage in STAGES if ring.pids(stage)}
+    assert {stage for stage in STAGES if ring.pids(stage)} == set(STAGES)
     ring.signal(signal.SIGKILL)
     ring.wait()
-    wait_until(lambda: not ring.pids(), "the daemons to end", limit_s=30.0)
+    wait_until(lambda: not ring.pids(), "the daemons to end")
     ring.start("runs/mini")
-    assert ring.wait() == 0, ring.said()
-    ring.assert_complete(steps=6)
-
-
-STAGES = ("broker", "gateway", "serve", "worker", "train")
+    ring.wait_steps(2)
+    ring.end()

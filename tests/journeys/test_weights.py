@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,9 +15,8 @@ from lightning_bus.log.reader import LogReader
 from lightning_bus.records import Kind
 from lightning_bus.spans import decode_spans
 from tests.journeys.ring import Ring, cli, running, wait_until
-from trainer.registry import read_log
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 AGENT = """
@@ -27,9 +27,9 @@ from openai import OpenAI
 
 
 def agent(task, *, base_url, api_key):
-    while Path("hold").exists():
+    while "/rollout/train-" in base_url and not Path("go").exists():
         time.sleep(0.02)
-    with OpenAI(base_url=base_url, api_key=api_key, timeout=30.0, max_retries=8) as client:
+    with OpenAI(base_url=base_url, api_key=api_key, timeout=100.0, max_retries=8) as client:
         client.chat.completions.create(
             model="policy", messages=[{"role": "user", "content": task["question"]}], max_tokens=4
         )
@@ -48,22 +48,31 @@ def listed(ring: Ring) -> dict[int, dict[str, Any]]:
     return {version["version"]: version for version in json.loads(told.stdout)["versions"]}
 
 
+def wait_served(ring: Ring, version: int) -> dict[int, dict[str, Any]]:
+    """Return what is listed once some replica says that it serves this version."""
+
+    def there() -> Any:
+        versions = listed(ring)
+        return versions if versions.get(version, {}).get("served_by") else None
+
+    return wait_until(there, f"a replica with version {version}")
+
+
 def test_a_pinned_version_stays_and_a_rolled_back_run_goes_on_from_it(ring: Ring) -> None:
     ring.table["train"]["rl"]["steps_max"] = 4
     ring.agent(AGENT)
     ring.start()
-    wait_until(lambda: ring.metrics("teacher"), "the teacher's rollouts")
-    wait_until(lambda: 1 in read_log(ring.run_dir).versions, "version 1")
-    (ring.cwd / "hold").touch()  # the trainer runs out of rollouts, so that it is known what is newest
+    # The trainer has no rollouts to go on with until it gets some, so it is known what is newest.
+    wait_until(lambda: ring.metrics("sft"), "the policy that learnt from the teacher")
+    versions = wait_served(ring, 1)
+    assert (max(versions), versions[1]["served_by"]) == (1, ring.table["gateway"]["upstreams"])
     pinned = weights(ring, "pin", "1")
     assert (pinned.returncode, pinned.stdout) == (0, "version 1 is pinned\n"), pinned.stderr
     refused = weights(ring, "rollback", "0")
     assert (refused.returncode, "is being trained. Stop the trainer first" in refused.stderr) == (2, True), refused
     agreed = weights(ring, "check")
     assert agreed.returncode == 0, agreed.stdout + agreed.stderr
-    newest = max(versions := listed(ring))
-    assert versions[newest]["served_by"] == ring.table["gateway"]["upstreams"]
-    (ring.cwd / "hold").unlink()
+    (ring.cwd / "go").touch()
     assert ring.wait() == 0, ring.said()
     ring.assert_complete(steps=4)
 
@@ -87,16 +96,16 @@ def test_a_pinned_version_stays_and_a_rolled_back_run_goes_on_from_it(ring: Ring
     assert exported.returncode == 0, exported.stderr
     assert (ring.cwd / "v1" / "config.json").exists()
 
-    with (
-        running(["broker", "--run", str(ring.run_dir)], ring.cwd),
-        running(["serve", "--run", str(ring.run_dir)], ring.cwd),
-    ):
-        wait_until(lambda: listed(ring)[5]["served_by"], "a replica with the newest published version")
+    with ExitStack() as stack:
+        stack.enter_context(running(["broker", "--run", str(ring.run_dir)], ring.cwd))
+        wait_until(lambda: cli("status", "--bus", ring.bus, cwd=ring.cwd).returncode == 0, "the broker")
+        stack.enter_context(running(["serve", "--run", str(ring.run_dir)], ring.cwd))
+        wait_served(ring, 5)
         served = weights(ring, "rollback", "1", "--json")
         assert served.returncode == 0, served.stderr
         told = json.loads(served.stdout)
         assert (told["version"], told["parent"], told["published"], told["served"]) == (7, 1, True, 1)
-        versions = listed(ring)
+        versions = wait_served(ring, 7)
         assert versions[7]["served_by"] == ring.table["gateway"]["upstreams"]
         assert 6 not in versions, "what was never published leaves its number unused"
 
@@ -113,6 +122,7 @@ def test_a_pinned_version_stays_and_a_rolled_back_run_goes_on_from_it(ring: Ring
 def test_anyone_with_a_key_calls_the_model_and_nobody_without(ring: Ring) -> None:
     bind = ring.table["gateway"]["bind"].replace("127.0.0.1", "0.0.0.0")
     ring.table["gateway"]["bind"] = bind
+    ring.endless()
     ring.start()
     wait_until(lambda: ring.metrics("eval"), "the first evaluation")
     made = cli("keys", "api", "alice", "--run", str(ring.run_dir), "--expires", "1d", "--json", cwd=ring.cwd)
@@ -130,8 +140,7 @@ def test_anyone_with_a_key_calls_the_model_and_nobody_without(ring: Ring) -> Non
     assert completion.usage is not None
     assert completion.usage.completion_tokens in range(1, 5)
     assert ends[-1] in ("stop", "length")
-    assert ring.wait() == 0, ring.said()
-    ring.assert_complete(steps=3)
+    ring.end()
     with LogReader(ring.run_dir / "log") as log:
         calls = [
             span
@@ -139,4 +148,6 @@ def test_anyone_with_a_key_calls_the_model_and_nobody_without(ring: Ring) -> Non
             if record.kind is Kind.SPANS and not record.rollout_id
             for span in decode_spans(record.body)
         ]
-    assert [span.attributes[s.AGENT_NAME] for span in calls] == ["alice", "alice"]
+    answered = [span.attributes[s.AGENT_NAME] for span in calls if not span.attributes.get(s.UNTRAINABLE)]
+    assert len(answered) >= 2  # a client that waited for too long asks once more
+    assert set(answered) == {"alice"}

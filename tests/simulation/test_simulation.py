@@ -38,7 +38,7 @@ def test_every_promise_holds_in_a_hundred_histories_and_all_harm_was_done() -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_promise_holds_in_two_thousand_histories() -> None:
     for seed in range(2000):
         simulate(seed)
@@ -52,7 +52,7 @@ def test_a_seed_plays_the_same_in_every_process() -> None:
     told = {
         subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True, text=True, check=True, timeout=60,
+            capture_output=True, text=True, check=True, timeout=280,
         ).stdout
         for hash_seed in ("1", "2")
     }  # fmt: skip

@@ -16,9 +16,9 @@ from lightning_bus.broker import server
 from lightning_bus.broker.door import UNREADABLE_MAX
 from lightning_bus.broker.fetching import WAITING_PEER_MAX
 from lightning_bus.config import BrokerSection
-from lightning_bus.errors import BrokenError, BusyError, CallError, Conflict, VersionError
+from lightning_bus.errors import BrokenError, CallError, Conflict, VersionError
 from lightning_bus.log.reader import LogReader
-from tests.bus_fixtures import SECRET, BrokerProcess, RawPeer, broker, span
+from tests.bus_fixtures import PATIENCE_S, SECRET, BrokerProcess, RawPeer, broker, span
 
 pytestmark = pytest.mark.anyio
 
@@ -104,7 +104,7 @@ async def test_a_fetch_wakes_at_the_commit_it_waits_for(tmp_path: Path) -> None:
                 ):
                     peer.send(frames)
                 assert (await peer.receive()).header.request == 2
-                with anyio.fail_after(10):  # a third of the wait
+                with anyio.fail_after(25):  # less than the wait
                     await bus.append("", 0, [span("awaited")])
                     chunk = await peer.receive()
             assert chunk.header.request == 1
@@ -140,7 +140,7 @@ async def test_a_client_of_another_version_raises_what_it_is_told(
     with BrokerProcess(tmp_path / "log") as process:
         monkeypatch.setattr(wire, "PROTOCOL_VERSION", 2)
         with pytest.raises(VersionError, match="Install the same lightning-bus on both sides"):
-            async with Client(process.address, limit_s=20):
+            async with Client(process.address, limit_s=PATIENCE_S):
                 raise AssertionError("versions differ")
 
 
@@ -167,7 +167,7 @@ async def test_a_client_that_was_early_is_one_client(tmp_path: Path) -> None:
     process.kill()
     with RawPeer(address) as peer:
         hello = wire.encode(m.Hello("raw", nonce=b"n"), request=1, producer="raw")
-        welcome = m.Welcome(1, 0, m.MESSAGE_BYTES_MAX, 10.0, 0, append_batches_max=m.APPEND_BATCHES_MAX)
+        welcome = m.Welcome(1, 0, m.MESSAGE_BYTES_MAX, PATIENCE_S, 0, append_batches_max=m.APPEND_BATCHES_MAX)
         for _ in range(3):
             peer.send(hello)
         with process:
@@ -243,10 +243,11 @@ async def test_above_the_high_mark_spans_are_told_to_come_back_and_heartbeats_ar
 ) -> None:
     monkeypatch.setattr(server, "BUSY_BYTES", -1)
     async with broker(tmp_path / "log") as address:
-        async with Client(address, limit_s=0.2) as bus:
-            with pytest.raises(BusyError, match="wait for the disk"):
-                await bus.submit([Submission("r-1", b"")])
         with RawPeer(address) as peer:
+            refused = (await peer.ask(m.Submit([Submission("r-1", b"")]), request=2)).body
+            assert (
+                isinstance(refused, m.Error) and refused.code == "BusyError" and "wait for the disk" in refused.message
+            )
             assert (await peer.ask(m.Heartbeat(1), request=1)).body == m.Beat()
 
 
@@ -276,7 +277,7 @@ async def test_memory_is_flat_under_a_reader_that_never_reads(tmp_path: Path) ->
                         peak_mb = max(peak_mb, process.anonymous_mb())
             finally:
                 context.destroy(linger=0)
-    assert peak_mb - before_mb < 128, (before_mb, peak_mb)
+    assert peak_mb - before_mb < 512, (before_mb, peak_mb)  # a few answers that wait to leave: about 80
 
 
 # -- the end
@@ -293,9 +294,9 @@ async def drained(
 
 async def test_a_broker_that_is_told_to_stop_lets_workers_end_what_they_hold(tmp_path: Path) -> None:
     scope, up, address = anyio.CancelScope(), anyio.Event(), list[str]()
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(drained, tmp_path, 60.0, scope, up, address)
+            tasks.start_soon(drained, tmp_path, 1000.0, scope, up, address)
             await up.wait()
             with RawPeer(address[0]) as worker, RawPeer(address[0], "submitter") as submitter:
                 await submitter.ask(m.Submit([Submission("r-1", b""), Submission("r-2", b"")]), request=1)
@@ -312,7 +313,7 @@ async def test_a_broker_that_is_told_to_stop_lets_workers_end_what_they_hold(tmp
 
 async def test_a_broker_that_is_told_to_stop_waits_no_longer_than_drain_s(tmp_path: Path) -> None:
     scope, up, address = anyio.CancelScope(), anyio.Event(), list[str]()
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(drained, tmp_path, 0.2, scope, up, address)
             await up.wait()

@@ -13,24 +13,25 @@ import pytest
 from lightning_bus import BlockingClient, Client, Leases, Resource, Status, Submission, Task
 from lightning_bus import messages as m
 from lightning_bus.client import face, waiting
-from lightning_bus.errors import BrokenError, CallError, ConfigError, Conflict, NotFound
+from lightning_bus.errors import BrokenError, CallError, ConfigError, Conflict, FencedError, NotFound
 from lightning_bus.records import Kind, Record
-from tests.bus_fixtures import NOWHERE, BrokerProcess, broker, span
+from tests.bus_fixtures import NOWHERE, PATIENCE_S, BrokerProcess, broker, span
+from tests.unit.bus.test_client import TRIED_LEASES_S
 
 pytestmark = pytest.mark.anyio
 
 
 @contextlib.asynccontextmanager
-async def bus_at(tmp_path: Path, lease_s: float = 10.0, max_attempts: int = 5) -> AsyncGenerator[Client]:
+async def bus_at(tmp_path: Path, lease_s: float = PATIENCE_S, max_attempts: int = 5) -> AsyncGenerator[Client]:
     async with (
         broker(tmp_path / "log", lease_s=lease_s, max_attempts=max_attempts) as address,
-        Client(address, limit_s=30) as bus,
+        Client(address, limit_s=PATIENCE_S) as bus,
     ):
         yield bus
 
 
 async def next_task(leases: Leases) -> Task:
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE_S):
         return await anext(aiter(leases))
 
 
@@ -58,7 +59,7 @@ async def test_thousands_are_waited_for_in_one_call_and_each_is_told_once(tmp_pa
         await bus.submit([Submission(rollout_id, b"fail" if rollout_id == "r-7" else b"") for rollout_id in ids])
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(carry_out, bus, len(ids))
-            with anyio.fail_after(60):
+            with anyio.fail_after(PATIENCE_S):
                 ends = await bus.wait(ids, on_end=lambda end: told.append(end.rollout_id))
         assert [end.rollout_id for end in ends] == ids and sorted(told) == sorted(ids)
         assert ends[7] == m.End("r-7", Status.FAILED, 1, None, "boom")
@@ -71,7 +72,7 @@ async def test_who_waits_hears_of_an_end_that_a_restarted_broker_could_not_push(
 ) -> None:
     monkeypatch.setattr(waiting, "RENEW_S", 0.3)
     with BrokerProcess(tmp_path / "log") as process:
-        async with Client(process.address, limit_s=60) as bus, anyio.create_task_group() as tasks:
+        async with Client(process.address, limit_s=PATIENCE_S) as bus, anyio.create_task_group() as tasks:
             await bus.submit([Submission("r-1", b""), Submission("r-2", b"")])
             ended: list[str] = []
 
@@ -83,7 +84,7 @@ async def test_who_waits_hears_of_an_end_that_a_restarted_broker_could_not_push(
             await carry_out(bus, 1)
             process.kill()
             await anyio.to_thread.run_sync(process.start)
-            with anyio.fail_after(30):
+            with anyio.fail_after(PATIENCE_S):
                 await carry_out(bus, 1)
     assert ended == ["r-1", "r-2"]
 
@@ -100,7 +101,7 @@ async def test_waiting_ends_with_what_is_wrong(tmp_path: Path) -> None:
 
 async def test_a_silent_broker_is_named_to_who_waits(tmp_path: Path) -> None:
     with BrokerProcess(tmp_path / "log") as process:
-        async with Client(process.address, limit_s=30) as bus:
+        async with Client(process.address, limit_s=PATIENCE_S) as bus:
             await bus.submit([Submission("r-1", b"")])
             process.kill()
             bus._session.limit_s = 0.2  # pyright: ignore[reportPrivateUsage]
@@ -111,7 +112,7 @@ async def test_a_silent_broker_is_named_to_who_waits(tmp_path: Path) -> None:
 async def test_watching_yields_what_is_published_and_never_goes_back(tmp_path: Path) -> None:
     async with bus_at(tmp_path) as bus:
         await bus.put(Resource("policy", 3, b"3"))
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             async with contextlib.aclosing(bus.watch("policy", above=1)) as versions:
                 assert (await anext(versions)).version == 3
                 async with anyio.create_task_group() as tasks:
@@ -189,7 +190,7 @@ async def test_a_draining_broker_hands_nothing_out(tmp_path: Path) -> None:
 
 
 async def test_a_task_put_off_comes_again_and_counts_as_an_attempt(tmp_path: Path) -> None:
-    async with bus_at(tmp_path, lease_s=1.0, max_attempts=2) as bus, bus.lease(1) as leases:
+    async with bus_at(tmp_path, max_attempts=2) as bus, bus.lease(1) as leases:
         await bus.submit([Submission("r-1", b"")])
         await leases.nack(await next_task(leases), 0.01, "rate limited")
         task = await next_task(leases)
@@ -212,19 +213,19 @@ async def test_a_task_handed_back_costs_no_attempt(tmp_path: Path) -> None:
 
 
 async def test_what_a_worker_never_began_is_handed_back_when_it_leaves(tmp_path: Path) -> None:
-    async with bus_at(tmp_path, lease_s=60.0, max_attempts=1) as bus:
+    async with bus_at(tmp_path, lease_s=1000.0, max_attempts=1) as bus:
         await bus.submit([Submission("r-1", b""), Submission("r-2", b"")])
         async with bus.lease(2) as leases:
             while leases.held < 2:
                 await anyio.lowlevel.checkpoint()
             await leases.done(await next_task(leases), 1.0)
-        with anyio.fail_after(10):  # far less than the lease
+        with anyio.fail_after(PATIENCE_S):  # far less than the lease
             await carry_out(bus, 1)
         assert [end.attempt for end in await bus.wait(["r-1", "r-2"])] == [1, 2]
 
 
 async def test_a_task_that_crossed_our_stop_is_handed_back(tmp_path: Path) -> None:
-    async with bus_at(tmp_path, lease_s=60.0, max_attempts=1) as bus, bus.lease(1) as leases:
+    async with bus_at(tmp_path, lease_s=1000.0, max_attempts=1) as bus, bus.lease(1) as leases:
         late: list[m.Task] = []
         bus._session.on_task = late.append  # pyright: ignore[reportPrivateUsage]  # still on its way
         await bus.submit([Submission("r-1", b"")])
@@ -233,23 +234,25 @@ async def test_a_task_that_crossed_our_stop_is_handed_back(tmp_path: Path) -> No
         leases.stop()
         leases.take(late[0])
         assert leases.held == 0
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE_S):
             while (await bus.query())[0].status is not Status.QUEUED:
                 await anyio.lowlevel.checkpoint()
 
 
 async def test_heartbeats_come_as_often_as_the_shortest_lease_needs(tmp_path: Path) -> None:
-    async with bus_at(tmp_path, lease_s=60.0) as bus, bus.lease(1) as leases:
-        await bus.submit([Submission("kept", b"", lease_s=0.4, max_attempts=1)])
-        task = await next_task(leases)
-        assert task.lease_s == 0.4
-        # The broker's own clock says when it is enough: one with the same lease, whose holder is silent, expires.
-        async with Client(bus.address, role="silent") as other, other.lease(1):
-            other._session.on_task = None  # pyright: ignore[reportPrivateUsage]
-            await bus.submit([Submission("lost", b"", lease_s=0.4, max_attempts=1)])
-            with anyio.fail_after(20):
-                await bus.wait(["lost"])
-        await leases.done(task, 1.0)
+    async with bus_at(tmp_path, lease_s=1000.0) as bus, bus.lease(1) as leases:
+        for lease_s in TRIED_LEASES_S:
+            await bus.submit([Submission(f"kept-{lease_s}", b"", lease_s=lease_s, max_attempts=1)])
+            task = await next_task(leases)
+            assert task.lease_s == lease_s
+            # The broker's own clock says when it is enough: one with the same lease, whose holder is silent, expires.
+            async with Client(bus.address, role="silent") as other, other.lease(1):
+                other._session.on_task = None  # pyright: ignore[reportPrivateUsage]
+                await bus.submit([Submission(f"lost-{lease_s}", b"", lease_s=lease_s, max_attempts=1)])
+                with anyio.fail_after(lease_s + PATIENCE_S):
+                    await bus.wait([f"lost-{lease_s}"])
+            with contextlib.suppress(*[FencedError] * (lease_s < TRIED_LEASES_S[-1])):
+                return await leases.done(task, 1.0)
 
 
 # -- reading where the log lies
@@ -266,13 +269,13 @@ async def test_reading_locally_yields_what_the_broker_would_across_its_restart(t
                         return
 
         async with (
-            Client(process.address, limit_s=60) as remote,
-            Client(process.address, log=tmp_path / "log", limit_s=60) as local,
+            Client(process.address, limit_s=PATIENCE_S) as remote,
+            Client(process.address, log=tmp_path / "log", limit_s=PATIENCE_S) as local,
         ):
             await remote.submit([Submission(f"r-{number}", b"") for number in range(300)])
             here: list[Record] = []
             there: list[Record] = []
-            with anyio.fail_after(60):
+            with anyio.fail_after(PATIENCE_S):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(follow, local, here, 320)
                     tasks.start_soon(follow, remote, there, 320)
@@ -288,10 +291,10 @@ async def test_reading_locally_yields_what_the_broker_would_across_its_restart(t
 
 async def test_the_log_of_another_broker_is_not_read_for_this_ones(tmp_path: Path) -> None:
     with BrokerProcess(tmp_path / "other") as process:
-        async with Client(process.address, limit_s=30) as other:
+        async with Client(process.address, limit_s=PATIENCE_S) as other:
             await other.append("", 0, [span("another's")])
     with BrokerProcess(tmp_path / "log") as process:
-        async with Client(process.address, log=tmp_path / "other", limit_s=30) as bus:
+        async with Client(process.address, log=tmp_path / "other", limit_s=PATIENCE_S) as bus:
             await bus.append("", 0, [span("ours")])
             with pytest.raises(
                 ConfigError, match=r"other is not the log that the broker at .* writes: record 0 differs"

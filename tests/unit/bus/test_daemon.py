@@ -78,4 +78,4 @@ def test_a_process_that_is_signalled_twice_is_gone_with_that_exit_code() -> None
         assert process.stdout.readline() == "ending\n"
         process.send_signal(signal.SIGTERM)
         assert "stopped without waiting" in process.stderr.read()
-        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.wait(60) == 128 + signal.SIGTERM

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -36,6 +34,7 @@ from lightning_bus.otel.traceparent import root_of_attempt
 from lightning_bus.spans import model_call
 from tests.gateway_fixtures import (
     LOGPROBS,
+    PATIENCE_S,
     PROMPT_IDS,
     QUESTION,
     RESPONSE_IDS,
@@ -43,9 +42,13 @@ from tests.gateway_fixtures import (
     Bus,
     Engine,
     World,
+    closed_port,
     free_listener,
+    get,
     open_world,
+    post,
     serving,
+    until,
 )
 
 
@@ -89,8 +92,9 @@ def test_the_engine_is_asked_for_ids_log_probs_and_an_explicit_distribution(worl
     client = world.client()
     client.chat.completions.create(model="policy", messages=QUESTION)
     client.chat.completions.create(model="policy", messages=QUESTION)
+    client.chat.completions.create(model="policy", messages=QUESTION, extra_body={"cache_salt": "mine"})
 
-    first, second = world.engine.requests
+    first, second, third = world.engine.requests
     assert (first["return_token_ids"], first["logprobs"], first["temperature"], first["top_p"]) == (
         True,
         True,
@@ -99,6 +103,7 @@ def test_the_engine_is_asked_for_ids_log_probs_and_an_explicit_distribution(worl
     )
     assert "cache_salt" not in first  # nothing is known of the engine's weights yet
     assert second["cache_salt"] == "3"
+    assert third["cache_salt"] == "3 mine", "an agent's own salt knows nothing of weights"
 
 
 def test_what_the_agent_asked_for_is_not_taken_away(world: World) -> None:
@@ -165,7 +170,7 @@ def test_a_stream_passes_through_and_is_recorded_whole(world: World) -> None:
     assert call.logprobs_R.tolist() == np.float32(LOGPROBS).tolist()
     assert call.weight_versions == [("3", 0, 3)]
     assert json.loads(span.attributes[s.RESPONSE_BODY]) == {"role": "assistant", "content": "t0 t1 t2 "}
-    assert 0 < span.attributes[s.FIRST_TOKEN_MS] < 5000
+    assert 0 < span.attributes[s.FIRST_TOKEN_MS] < (span.end_ns - span.start_ns) / 1e6 + 1
 
 
 def test_the_usage_chunk_is_there_only_for_those_who_asked(world: World) -> None:
@@ -180,7 +185,7 @@ def test_the_end_of_a_stream_waits_for_the_disk_and_its_beginning_does_not(world
     world.bus.may_append = threading.Event()
     stream = iter(world.client().chat.completions.create(model="policy", messages=QUESTION, stream=True))
     seen = [next(stream), next(stream), next(stream)]
-    assert world.bus.appending.wait(5)
+    assert world.bus.appending.wait(PATIENCE_S)
     assert world.bus.appended == [] and all(chunk.choices[0].finish_reason is None for chunk in seen)
     world.bus.may_append.set()
     assert [chunk.choices[0].finish_reason for chunk in stream] == ["stop"]
@@ -190,10 +195,10 @@ def test_the_end_of_a_stream_waits_for_the_disk_and_its_beginning_does_not(world
 def test_an_agent_that_leaves_a_stream_stops_the_engine_and_leaves_an_untrainable_call(world: World) -> None:
     world.engine.stream_goes_on = threading.Event()
     stream = world.client().chat.completions.create(model="policy", messages=QUESTION, stream=True)
-    next(iter(stream))
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
     stream.close()
-    assert world.engine.stream_ends.wait(5)
-    _wait(lambda: bool(world.bus.spans))
+    assert world.engine.stream_ends.wait(PATIENCE_S)
+    until(lambda: bool(world.bus.spans))
     [span] = world.bus.spans
     assert span.attributes[s.UNTRAINABLE] == "client went away"
     assert model_call(span).response_ids_R.tolist() == RESPONSE_IDS[:1]
@@ -262,13 +267,13 @@ def test_bad_requests_are_refused_in_openais_shape(world: World) -> None:
     key = {"authorization": f"Bearer {tokens.mint(SECRET, tokens.Claims('r-1', 2))}"}
     json_type = {**key, "content-type": "application/json"}
     answers = [
-        httpx.post(url, headers=json_type, content=b"{"),
-        httpx.post(url, headers=json_type, content=b"[1]"),
-        httpx.post(url, headers={**key, "content-type": "text/plain"}, content=b"{}"),
-        httpx.post(url, headers=json_type, content=b'"' + b"x" * 20_000 + b'"'),
-        httpx.post(url, headers=json_type, content=iter([b"x" * 9_000, b"x" * 9_000])),
-        httpx.get(url, headers=key),
-        httpx.post(f"{world.url}/v1/nothing", headers=key),
+        post(url, headers=json_type, content=b"{"),
+        post(url, headers=json_type, content=b"[1]"),
+        post(url, headers={**key, "content-type": "text/plain"}, content=b"{}"),
+        post(url, headers=json_type, content=b'"' + b"x" * 20_000 + b'"'),
+        post(url, headers=json_type, content=iter([b"x" * 9_000, b"x" * 9_000])),
+        get(url, headers=key),
+        post(f"{world.url}/v1/nothing", headers=key),
     ]
     assert [answer.status_code for answer in answers] == [400, 400, 415, 413, 413, 405, 404]
     assert all({"message", "type", "param", "code"} == set(answer.json()["error"]) for answer in answers)
@@ -292,10 +297,8 @@ def test_an_engine_that_swaps_its_weights_is_only_latency(world: World) -> None:
 
 
 def test_an_engine_that_starts_late_is_only_latency() -> None:
-    engine, bus, listener = Engine(), Bus(), free_listener()
-    address = listener.getsockname()
-    listener.close()
-    section = GatewaySection(upstreams=["http://{}:{}".format(*address)], admission_wait_s=20.0)
+    engine, bus, late = Engine(), Bus(), closed_port()
+    section = GatewaySection(upstreams=["http://{}:{}".format(*late.getsockname())], admission_wait_s=PATIENCE_S)
     with serving(build_app(bus, section=section, secret=SECRET)) as url, ExitStack() as stack:
         answers: list[str | None] = []
 
@@ -304,27 +307,22 @@ def test_an_engine_that_starts_late_is_only_latency() -> None:
             completion = client.chat.completions.create(model="policy", messages=QUESTION)
             answers.append(completion.choices[0].message.content)
 
-        assert httpx.get(f"{url}/health").status_code == 503
+        assert get(f"{url}/health").status_code == 503
         asking = threading.Thread(target=ask)
         asking.start()
-        again = socket.socket()
-        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(address)
-        again.listen(8)
-        with serving(engine.app(), again):
+        late.listen(8)
+        with serving(engine.app(), late):
             asking.join()
-            assert httpx.get(f"{url}/health").json()["status"] == "ok"
+            assert get(f"{url}/health").json()["status"] == "ok"
     assert answers == ["answer 0"]
 
 
 def test_an_engine_that_stays_away_is_told_503_with_the_way_out() -> None:
-    listener = free_listener()
-    port = listener.getsockname()[1]
-    listener.close()
-    section = GatewaySection(upstreams=[f"http://127.0.0.1:{port}"], admission_wait_s=0.1)
+    nobody = closed_port()
+    section = GatewaySection(upstreams=[f"http://127.0.0.1:{nobody.getsockname()[1]}"], admission_wait_s=0.1)
     bus = Bus()
-    with serving(build_app(bus, section=section, secret=SECRET)) as url:
-        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION})
+    with nobody, serving(build_app(bus, section=section, secret=SECRET)) as url:
+        answer = post(f"{url}/v1/chat/completions", json={"messages": QUESTION})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "admission_wait_s" in answer.json()["error"]["message"]
     assert bus.spans[0].attributes[s.UNTRAINABLE] == "no answer"
@@ -333,7 +331,7 @@ def test_an_engine_that_stays_away_is_told_503_with_the_way_out() -> None:
 def test_an_engine_that_is_too_slow_is_told_504() -> None:
     with open_world(request_limit_s=0.1) as world:
         world.engine.keeps_silent = True
-        answer = httpx.post(f"{world.url}/v1/chat/completions", json={"messages": QUESTION})
+        answer = post(f"{world.url}/v1/chat/completions", json={"messages": QUESTION})
     assert answer.status_code == 504
     assert "request_limit_s" in answer.json()["error"]["message"]
 
@@ -393,7 +391,7 @@ async def test_a_call_in_flight_outlives_the_order_to_stop_and_is_in_the_log(tmp
             request = {"model": "policy", "messages": QUESTION, "stream": True}
             async with (
                 Client(at["bus"]) as bus,
-                httpx.AsyncClient() as http,
+                httpx.AsyncClient(timeout=PATIENCE_S) as http,
                 http.stream("POST", at["gateway"] + "/v1/chat/completions", json=request) as answer,
             ):
                 lines = answer.aiter_lines()
@@ -406,10 +404,3 @@ async def test_a_call_in_flight_outlives_the_order_to_stop_and_is_in_the_log(tmp
     assert rest[-2:] == ["data: [DONE]", ""]
     [span] = s.decode_spans(record.body)
     assert model_call(span).untrainable == ""
-
-
-def _wait(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
-    until = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.005)

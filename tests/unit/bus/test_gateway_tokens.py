@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -14,7 +13,7 @@ from lightning_bus import tokens
 from lightning_bus.adapters.transitions import transitions_of
 from lightning_bus.spans import model_call
 from tests.chat_templates import TEMPLATES
-from tests.gateway_fixtures import World
+from tests.gateway_fixtures import World, get, post
 from tests.token_engine import TokenEngine, token_world
 
 TOOLS: list[Any] = [
@@ -139,7 +138,7 @@ def test_an_echo_that_means_the_same_is_continued(how: str) -> None:
         url = f"{world.url}/rollout/r-1/attempt/2/v1/chat/completions"
         key = tokens.mint(b"s" * 32, tokens.Claims("r-1", 2))
         body = {"model": "policy", "messages": messages, "tools": TOOLS}
-        assert httpx.post(url, json=body, headers={"authorization": f"Bearer {key}"}).status_code == 200
+        assert post(url, json=body, headers={"authorization": f"Bearer {key}"}).status_code == 200
         assert sources(world) == ["rendered", "continued"]
 
 
@@ -361,7 +360,7 @@ def test_a_conversation_goes_on_by_its_ids_on_another_engine() -> None:
         messages += [say(world.client(), messages), {"role": "user", "content": "More"}]
         first = one if one.posts(GENERATE) else two
         first.version = "unfit"
-        assert httpx.get(f"{world.url}/health").json()["versions"].keys() == {"engine 1", "engine 2"}
+        assert get(f"{world.url}/health").json()["versions"].keys() == {"engine 1", "engine 2"}
         say(world.client(), messages)
         assert sources(world) == ["rendered", "continued"]
         assert rows(world) == 1
@@ -372,8 +371,8 @@ def test_a_conversation_goes_on_by_its_ids_on_another_engine() -> None:
 def test_the_gateway_counts_where_prompts_come_from_and_says_which_weights_answer() -> None:
     with token_world(TokenEngine(replies=[CALL, "4", "8"], version="12")) as world:
         tool_conversation(world)
-        page = httpx.get(f"{world.url}/metrics").text
-        health = httpx.get(f"{world.url}/health").json()
+        page = get(f"{world.url}/metrics").text
+        health = get(f"{world.url}/health").json()
     assert 'lightning_bus_gateway_prompts_total{source="continued"} 2.0' in page
     assert 'lightning_bus_gateway_prompts_total{source="rendered"} 1.0' in page
     assert "lightning_bus_gateway_render_seconds_count 3.0" in page

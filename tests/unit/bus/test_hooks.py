@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,11 @@ def raises(rollout):
     return 1.0
 
 def hangs(rollout):
-    if rollout.rollout_id == "r-1":
+    if rollout.rollout_id == "r-1" and not os.path.exists("started.pid"):
         with open("child.pid", "w") as file:
             file.write(str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid))
         os.rename("child.pid", "started.pid")
+    if rollout.rollout_id == "r-1":
         time.sleep(1000)
     return 1.0
 
@@ -108,6 +110,19 @@ def ask(hook: str, asked: list[FinishedRollout] | None = None, **how: Any) -> li
     return anyio.run(run)
 
 
+def ask_one_that_takes_too_long(hook: str, began: Callable[[], bool] = lambda: True) -> None:
+    """The second of three rollouts never comes back: it is dropped, and the others are answered.
+
+    On a machine that stands still the others may take too long as well; then there is more time.
+    """
+    for limit_s in (2.0, 8.0, 32.0):
+        first, second, third = ask(hook, limit_s=limit_s)
+        assert second == Dropped(f"hook took more than {limit_s:g} s")
+        if first == third == Given(1.0) and began():
+            return
+    pytest.fail(f"the others are dropped, too: {first}, {third}")
+
+
 def test_a_hook_sees_task_and_spans_and_its_numbers_come_back_in_order(here: Path) -> None:
     assert ask("scored") == [Given(8.0)] * 3
     assert ask("scored", []) == []
@@ -124,7 +139,7 @@ def test_async_hooks_of_one_process_work_at_the_same_time(here: Path) -> None:
 
 
 def test_an_async_hook_that_never_returns_holds_nobody_up_for_ever(here: Path) -> None:
-    assert ask("never_returns", limit_s=4.0) == [Given(1.0), Dropped("hook took more than 4 s"), Given(1.0)]
+    ask_one_that_takes_too_long("never_returns")
 
 
 def test_several_processes_answer_in_order(here: Path) -> None:
@@ -150,9 +165,9 @@ def test_a_rollout_on_which_the_hook_fails_is_dropped_and_the_others_are_not(
 
 
 def test_what_hangs_is_killed_with_all_that_it_started(here: Path) -> None:
-    # Generous enough that a busy machine answers the others within it.
-    assert ask("hangs", limit_s=4.0) == [Given(1.0), Dropped("hook took more than 4 s"), Given(1.0)]
-    pid = int((here / "started.pid").read_text())
+    started = here / "started.pid"
+    ask_one_that_takes_too_long("hangs", started.exists)
+    pid = int(started.read_text())
     state = Path(f"/proc/{pid}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 

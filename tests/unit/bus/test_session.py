@@ -18,6 +18,7 @@ from lightning_bus.transport import Arrived, Router, bind_router
 
 pytestmark = pytest.mark.anyio
 
+PATIENCE_S = 60.0  # with what takes no time, on a machine that stands still for a while
 WELCOME = m.Welcome(1, 0, m.MESSAGE_BYTES_MAX, 10.0, 0)
 
 
@@ -29,15 +30,25 @@ class Played:
     session: Session
     peer: bytes = b""
     unread: list[Arrived] = field(default_factory=list[Arrived])
+    heard: set[int] = field(default_factory=set[int])  # numbers of requests
 
-    async def next(self) -> list[wire.Message]:
-        """Return what the next message that comes holds."""
-        if not self.unread:
-            self.unread = await self.router.receive()
-        arrived = self.unread.pop(0)
-        self.peer = arrived.identity
-        messages = [inner for inner in wire.split(wire.decode(arrived.frames)) if isinstance(inner, wire.Message)]
-        return messages
+    async def next(self, *, again: bool = False) -> list[wire.Message]:
+        """Return what the next message that comes holds.
+
+        again  it may be one that came before. On a slow machine anything may come again, above all the first HELLO;
+               where that is not what a test is about, it is passed over.
+        """
+        while True:
+            if not self.unread:
+                self.unread = await self.router.receive()
+            arrived = self.unread.pop(0)
+            self.peer = arrived.identity
+            messages = [inner for inner in wire.split(wire.decode(arrived.frames)) if isinstance(inner, wire.Message)]
+            numbers = {message.header.request for message in messages} - {0}
+            known = bool(numbers) and numbers <= self.heard
+            self.heard |= numbers
+            if not known or (again and not isinstance(messages[0].body, m.Hello)):
+                return messages
 
     def say(self, *messages: wire.Packed) -> None:
         for frames in wire.join(messages):
@@ -45,7 +56,7 @@ class Played:
 
 
 @asynccontextmanager
-async def playing(limit_s: float = 20.0) -> AsyncGenerator[Played]:
+async def playing(limit_s: float = PATIENCE_S) -> AsyncGenerator[Played]:
     """Open a session with a broker that the test plays."""
     router, address = bind_router("tcp://127.0.0.1:*")
     with router:
@@ -58,7 +69,7 @@ async def playing(limit_s: float = 20.0) -> AsyncGenerator[Played]:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(welcome)
             async with played.session:
-                with anyio.fail_after(20):
+                with anyio.fail_after(PATIENCE_S):
                     yield played
 
 
@@ -81,8 +92,9 @@ async def test_what_is_said_in_one_turn_leaves_as_one_message_in_order() -> None
 async def test_a_question_alone_is_sent_plain() -> None:
     async with playing() as broker, anyio.create_task_group() as tasks:
         tasks.start_soon(broker.session.ask, m.StatusQuery(), m.Accepted)
-        arrived = (await broker.router.receive())[0]
-        message = wire.decode(arrived.frames)
+        message = None
+        while message is None or isinstance(message.body, m.Hello):  # which may have been knocked more than once
+            message = wire.decode((await broker.router.receive())[0].frames)
         assert isinstance(message.body, m.StatusQuery)
         broker.say(wire.pack(m.Accepted(), request=message.header.request))
 
@@ -112,7 +124,7 @@ async def test_what_is_not_answered_is_sent_again_in_one_message() -> None:
             tasks.start_soon(
                 lambda number: broker.session.ask(m.Done("r", number), m.Accepted, resend_s=0.05), number + 1
             )
-        first, again = await broker.next(), await broker.next()
+        first, again = await broker.next(), await broker.next(again=True)
         assert [message.header for message in first] == [message.header for message in again]
         assert [message.body for message in again] == [m.Done("r", 1), m.Done("r", 2), m.Done("r", 3)]
         broker.say(*(wire.pack(m.Accepted(), request=message.header.request) for message in again))
@@ -129,7 +141,7 @@ async def test_a_busy_broker_is_asked_again_when_it_said_to_come_back() -> None:
 
 
 async def test_a_broker_that_stays_busy_beyond_the_limit_is_an_error() -> None:
-    async with playing(limit_s=5.0) as broker, anyio.create_task_group() as tasks:
+    async with playing(limit_s=30.0) as broker, anyio.create_task_group() as tasks:
 
         async def answer() -> None:
             (asked,) = await broker.next()
@@ -174,7 +186,7 @@ async def test_a_subscription_is_sent_again_until_its_first_answer() -> None:
     async with playing() as broker:
         heard = anyio.Event()
         with broker.session.subscribe(m.Wait(["r-1"]), lambda _: heard.set(), resend_s=0.02):
-            first, again = await broker.next(), await broker.next()
+            first, again = await broker.next(), await broker.next(again=True)
             assert first == again
             broker.say(wire.pack(m.Ended([], 1), request=again[0].header.request))
             await heard.wait()
@@ -200,8 +212,8 @@ async def test_a_subscription_is_told_why_it_was_refused_and_that_the_client_was
 
 async def test_what_was_said_last_still_leaves_when_the_session_closes() -> None:
     router, address = bind_router("tcp://127.0.0.1:*")
-    with router, anyio.fail_after(20):
-        played = Played(router, Session(address, "test", 20.0))
+    with router, anyio.fail_after(PATIENCE_S):
+        played = Played(router, Session(address, "test", PATIENCE_S))
 
         async def converse() -> None:
             async with played.session as session:

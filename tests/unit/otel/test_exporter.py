@@ -28,7 +28,7 @@ from lightning_bus.otel.sdk import OtelTracer
 from lightning_bus.otel.tracer import Tracer
 from lightning_bus.records import Kind
 from lightning_bus.spans import REWARD, Span
-from tests.bus_fixtures import NOWHERE, SECRET, BrokerProcess, broker, span
+from tests.bus_fixtures import NOWHERE, PATIENCE_S, SECRET, BrokerProcess, broker, span
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
@@ -39,7 +39,7 @@ async def leased(bus: Client, rollout_id: str = "r-1") -> AsyncGenerator[Task]:
     """An attempt that is running."""
     await bus.submit([Submission(rollout_id, b"")])
     async with bus.lease(1) as leases:
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE_S):
             task = await anext(aiter(leases))
         yield task
 
@@ -117,7 +117,7 @@ async def test_an_attempt_that_is_over_is_told_once_to_who_leaves_it(tmp_path: P
 
 async def test_a_broker_that_restarts_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
     with BrokerProcess(tmp_path / "log") as process:
-        async with Client(process.address, limit_s=30) as bus, leased(bus):
+        async with Client(process.address, limit_s=PATIENCE_S) as bus, leased(bus):
             with SpanExporter(process.address) as exporter:
                 tracer = Tracer(exporter)
                 async with tracer.trace_context("before", rollout_id="r-1"):

@@ -233,7 +233,12 @@ async def test_an_export_that_was_told_to_come_back_is_recorded_once(monkeypatch
         assert full.status_code == 503 and b"the limit is 1" in full.content
         log.wait.set()
         await anyio.wait_all_tasks_blocked()
-        assert await send(http, export("a", "b")) == await send(http, other) == (0, "")
+        for request in (export("a", "b"), other):
+            answer = late
+            while answer.status_code == 503:  # on a busy machine its limit may be too short even now
+                answer = await http.post("/v1/traces", content=request.SerializeToString(), headers=headers)
+            assert answer.status_code == 200
+            assert not ExportTraceServiceResponse.FromString(answer.content).partial_success.rejected_spans
     assert [span.name for span in log.spans] == ["a", "b", "other"]
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trainer.serving.engine import Engine
+from trainer.serving.request import Delta, Request
+from trainer.serving.sampling import SamplingParams
 
 torch.set_num_threads(1)  # a second thread only waits for the first at this size
 
@@ -67,3 +72,33 @@ async def until(condition: Callable[[], bool]) -> None:
     """Let everything else run until the condition holds; the test's own time limit bounds it."""
     while not condition():  # noqa: ASYNC110 - what is awaited lives in another thread, which knows of no event here
         await asyncio.sleep(0)
+
+
+def stand_still_after(engine: Engine, tokens: int) -> None:
+    """From now on the engine stands still when a request has so many tokens.
+
+    It is told so on its own thread, and obeys before the next step: however late a test looks, it finds the request
+    under way.
+    """
+    submit = engine.submit
+
+    def counted(
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        on_tokens: Callable[[Delta], None] | None = None,
+        **more: Any,
+    ) -> Request:
+        seen = 0
+
+        def count(delta: Delta) -> None:
+            nonlocal seen
+            seen += len(delta.token_ids)
+            if seen == tokens:
+                engine._loop.pause("keep")
+            if on_tokens is not None:
+                on_tokens(delta)
+
+        return submit(prompt_ids, params, on_tokens=count, **more)
+
+    engine.submit = counted  # pyright: ignore[reportAttributeAccessIssue]

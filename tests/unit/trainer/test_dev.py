@@ -24,7 +24,7 @@ TASK = {"question": "Ada has 3 pens and buys 4 more. How many?", "answer": 7}
 def ask(base_url: str, api_key: str, *messages: dict[str, Any]) -> dict[str, Any]:
     body = {"model": "anything", "messages": list(messages)}
     headers = {"Authorization": f"Bearer {api_key}"}
-    answer = httpx.post(f"{base_url}/chat/completions", json=body, headers=headers, trust_env=False, timeout=20)
+    answer = httpx.post(f"{base_url}/chat/completions", json=body, headers=headers, trust_env=False, timeout=90)
     return answer.raise_for_status().json()["choices"][0]["message"]
 
 
@@ -40,7 +40,7 @@ async def told_by_tool(task: Any, base_url: str, api_key: str) -> float:
 def told(*args: Any, **kwargs: Any) -> tuple[Any, str]:
     """dev() in a thread, for a loop runs here, and what it said."""
     said: list[str] = []
-    report = Trainer().dev(*args, progress=said.append, limit_s=20.0, **kwargs)
+    report = Trainer().dev(*args, progress=said.append, limit_s=90.0, **kwargs)
     return report, "\n".join(said)
 
 

@@ -48,13 +48,19 @@ def test_weights_in_one_piece_are_the_live_ones() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks_gather_what_neither_of_them_has(tmp_path: Path) -> None:
     code = "\n".join(line.removeprefix("    ") for line in RANK.splitlines())
     ranks = [
         subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for rank in range(WORLD)
     ]
-    said = [json.loads(rank.communicate(timeout=100)[0].splitlines()[-1]) for rank in ranks]
+    try:
+        said = [json.loads(rank.communicate(timeout=500)[0].splitlines()[-1]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()  # where one failed, the other waits for it
+            rank.wait()
     whole = dict(named_weights(build_model(3)))
     numel = sum(tensor.numel() for tensor in whole.values())
     assert all(one["names"] == list(whole) and one["numel"] == numel for one in said)

@@ -51,14 +51,17 @@ def holds(model: torch.nn.Module, number: int) -> bool:
 @pytest.fixture
 async def engine(tmp_path: Path) -> AsyncGenerator[RemoteEngine]:
     """The control routes of a vLLM that has just started."""
-    (port,) = free_ports(1)
-    process = await anyio.open_process(
-        [str(fake_vllm.install(tmp_path)), "-m", "vllm", "--port", str(port)], stdin=None, stdout=None, stderr=None
-    )
+    install = str(fake_vllm.install(tmp_path))
     async with httpx.AsyncClient(trust_env=False) as http:
-        remote = RemoteEngine(http, f"http://127.0.0.1:{port}")
-        while not await remote.health():  # noqa: ASYNC110 - another process
-            await anyio.sleep(0.01)
+        while True:
+            (port,) = free_ports(1)
+            argv = [install, "-m", "vllm", "--port", str(port)]
+            process = await anyio.open_process(argv, stdin=None, stdout=None, stderr=None)
+            remote = RemoteEngine(http, f"http://127.0.0.1:{port}")
+            while process.returncode is None and not await remote.health():  # noqa: ASYNC110 - another process
+                await anyio.sleep(0.01)
+            if process.returncode is None:
+                break  # else another process had taken the port meanwhile
         yield remote
     process.kill()
     await process.wait()
@@ -172,7 +175,7 @@ async def test_where_weights_travel_by_nccl_a_fresh_vllm_reads_a_directory(
 async def test_an_embedded_engine_that_a_dead_trainer_paused_goes_on_and_one_marked_unfit_ends() -> None:
     with Engine(build_model(), build_tokenizer(), torch_threads=1) as engine:
         await engine.pause("keep")
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(watch_engine, engine, 0.02)
                 while engine.is_paused:  # noqa: ASYNC110 - another thread

@@ -14,7 +14,7 @@ from workers import pool
 from workers.pool import describe, run_pool
 
 pytestmark = pytest.mark.anyio
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 CHILD = """
 import os, pathlib, sys
@@ -42,7 +42,7 @@ def marks(here: Path, what: str) -> int:
 
 
 async def run_child(here: Path, how: str, processes: int) -> None:
-    await run_pool([str(here), how], processes, grace_s=10.0, program=(sys.executable, "-c", CHILD))
+    await run_pool([str(here), how], processes, grace_s=LIMIT_S, program=(sys.executable, "-c", CHILD))
 
 
 async def test_children_end_in_order_when_their_lifeline_is_cut(tmp_path: Path) -> None:
