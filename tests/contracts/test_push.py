@@ -5,17 +5,32 @@ What this file leaves unwatched: engines that are killed while a push is under w
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import anyio
 import httpx
 import pytest
 import torch
 
-from tests.engines import PATIENCE_S, ServedEngine, build_parrot, load, serve_embedded, serve_vllm
+from tests.engines import (
+    PATIENCE_S,
+    ServedEngine,
+    build_parrot,
+    check_logprobs,
+    generate_body,
+    load,
+    own_logprobs,
+    reference_logprobs_TV,
+    serve_embedded,
+    serve_vllm,
+    spans,
+)
 from tests.unit.trainer.test_serving_weights import Damage, change_a_shape, flip_a_bit, lose_a_name, overwrite, remove
 from trainer.policy.lora import write_adapter
 from trainer.policy.model import named_weights
@@ -178,6 +193,36 @@ async def test_an_adapter_is_pushed_in_place_of_the_one_before(
     assert await differences(engine, second) == []
     await push_adapter(engine, "policy-lora", tmp_path / "41", "41")
     assert await differences(engine, second) == [CONTINUATION]
+
+
+async def test_an_answer_under_way_is_one_adapters_from_end_to_end(
+    engine: RemoteEngine, served: ServedEngine, directory: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    if served.kind == "embedded":
+        return  # it has no adapters, see above
+    await push(FileTransfer(WeightSlots(tmp_path, "run")).offer(weights, "50"), [Target(engine)])
+    model = load(directory)[1]
+    model.load_state_dict(write_random_adapter(tmp_path / "51", weights, 0), strict=False)
+    write_random_adapter(tmp_path / "52", weights, 1)
+    await push_adapter(engine, "policy-lora", tmp_path / "51", "51")
+    body = {**generate_body(PROMPT, max_tokens=400), "model": "policy-lora", "cache_salt": "51", "stream": True}
+    parts: list[dict[str, Any]] = []
+    async with (
+        httpx.AsyncClient(timeout=PATIENCE_S) as client,
+        anyio.create_task_group() as pushing,
+        client.stream("POST", f"{served.url}/inference/v1/generate", json=body) as response,
+    ):
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                if not parts:
+                    pushing.start_soon(push_adapter, engine, "policy-lora", tmp_path / "52", "52")
+                parts += json.loads(line.removeprefix("data: "))["choices"]
+    assert await engine.label() == "52"
+    token_ids: list[int] = [token for part in parts for token in part["token_ids"]]
+    assert len(token_ids) == 400
+    assert spans(parts[-1]) == [("51", 0, 400)]
+    logprobs = [logprob for part in parts for logprob in own_logprobs(part)]
+    check_logprobs(reference_logprobs_TV([(model, token_ids)], PROMPT, 1.0), token_ids, logprobs, near=1e-3)
 
 
 def write_random_adapter(adapter: Path, weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:

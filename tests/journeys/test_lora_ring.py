@@ -23,7 +23,7 @@ from lightning_bus import Status
 from lightning_bus.adapters import Assembler, Row, transitions_of
 from lightning_bus.log.reader import LogReader
 from tests.engines import load
-from tests.journeys.ring import Ring, cli
+from tests.journeys.ring import Ring, cli, wait_until
 from trainer.data.batch import pack_rows
 from trainer.policy.logprob import token_scores
 from trainer.policy.lora import read_config
@@ -65,7 +65,7 @@ def test_a_run_with_an_adapter_is_pinned_rolled_back_resumed_and_exported(ring: 
     assert weights(ring, "pin", "1").returncode == 0
     agreed = weights(ring, "check")
     assert agreed.returncode == 0, agreed.stdout + agreed.stderr
-    assert listed(ring)[1]["served_by"] == ring.table["gateway"]["upstreams"]
+    wait_served(ring, 1)
     (ring.cwd / "go").touch()
     assert ring.wait() == 0, ring.said()
     assert_trained(ring, versions=3)
@@ -108,6 +108,12 @@ def listed(ring: Ring) -> dict[int, dict[str, Any]]:
     told = weights(ring, "list", "--all", "--json")
     assert told.returncode == 0, told.stderr
     return {version["version"]: version for version in json.loads(told.stdout)["versions"]}
+
+
+def wait_served(ring: Ring, version: int) -> None:
+    """Return once the list has asked the engine in time and been told this version."""
+    upstreams = ring.table["gateway"]["upstreams"]
+    wait_until(lambda: listed(ring)[version]["served_by"] == upstreams, f"version {version} to be listed as served")
 
 
 def assert_trained(ring: Ring, *, versions: int) -> None:
@@ -171,5 +177,5 @@ def assert_exported(ring: Ring, newest: int) -> None:
     loaded: Any = PeftModel.from_pretrained(load_policy(Path(base)), str(ring.cwd / "alone"))
     for name, tensor in named_weights(loaded.merge_and_unload()):
         torch.testing.assert_close(tensor, merged[name])
-    none = weights(ring, "export", "0", "base", "--adapter")
+    none = weights(ring, "export", "0", "nothing", "--adapter")
     assert (none.returncode, "version 0 was trained without one" in none.stderr) == (2, True), none
