@@ -1,4 +1,4 @@
-"""A run that trains an adapter, from its first policy to its export, on the embedded engine.
+"""A run that trains an adapter, from its first policy to its export: on the embedded engine, and on real vLLM.
 
 What is looked at: each version's recorded log-probs are those of the base with that version's adapter and of no other,
 so that the adapter arrived, under the right label, past a prefix cache that knew the prompt; what `weights` lists, pins,
@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from peft import PeftModel
@@ -23,7 +24,7 @@ from lightning_bus import Status
 from lightning_bus.adapters import Assembler, Row, transitions_of
 from lightning_bus.log.reader import LogReader
 from tests.engines import load
-from tests.journeys.ring import Ring, cli, wait_until
+from tests.journeys.ring import LIMIT_S, START_LIMIT_S, Ring, cli, wait_until
 from trainer.data.batch import pack_rows
 from trainer.policy.logprob import token_scores
 from trainer.policy.lora import read_config
@@ -80,6 +81,26 @@ def test_a_run_with_an_adapter_is_pinned_rolled_back_resumed_and_exported(ring: 
     assert [(line["step"], line["version"]) for line in ring.metrics("rl")] == [(1, 1), (2, 2), (2, 4)]
     assert_trained(ring, versions=5)
     assert_exported(ring, 4)
+
+
+@pytest.mark.vllm
+def test_vllm_answers_with_the_newest_adapter_under_its_version(ring: Ring) -> None:
+    configure(ring)
+    ring.on_vllm()
+    ring.table["serve"] |= {"context_tokens": 256, "slots_max": 8, "cache_bytes": 1 << 28, "lora_rank_max": RANK}
+    ring.start()
+    ring.wait_step(1, limit_s=START_LIMIT_S)
+    agreed = weights(ring, "check")
+    assert agreed.returncode == 0, agreed.stdout + agreed.stderr
+    wait_served(ring, 1)
+    with httpx.Client(base_url=ring.table["gateway"]["upstreams"][0], trust_env=False, timeout=LIMIT_S) as vllm:
+        models = vllm.get("/v1/models").json()["data"]
+    (ring.cwd / "go").touch()
+    assert ring.wait(limit_s=START_LIMIT_S) == 0, ring.said()
+    assert {model["id"]: model.get("parent") for model in models} == {"policy-base": None, "policy": "policy-base"}
+    assert_trained(ring, versions=3)
+    # Adapters were all that was ever sent.
+    assert {path.name for path in (ring.run_dir / "adapters").iterdir()} == {"0", "1", "2"}
 
 
 def configure(ring: Ring) -> None:

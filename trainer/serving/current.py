@@ -13,6 +13,8 @@ the version's record says they stay, never from what the trainer pushed last: th
 from __future__ import annotations
 
 import logging
+import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,14 +110,15 @@ class Weights:
         whether the replica took harm.
         """
         held: str = FIRST
+        place = await anyio.to_thread.run_sync(_emptied, self.run_directory, engine)
         if self.adapter is not None:  # version 0 has a name to answer to, too
             first = await anyio.to_thread.run_sync(self.adapter.first, self.run_directory / "policy")
-            await _give_adapter(engine, self.adapter.name, *first)
+            await _give_adapter(engine, self.adapter.name, place / FIRST, *first)
         while (version := await self.wanted()) is not None and str(version.version) != held:
             if self.adapter is not None:
                 given = await self._read(version, registry.adapter_of)
                 if given is not None:
-                    await _give_adapter(engine, self.adapter.name, *given)
+                    await _give_adapter(engine, self.adapter.name, place / str(version.version), *given)
             else:
                 given = await self._read(version, registry.tensors_of)
                 if given is not None:
@@ -141,15 +144,23 @@ class Weights:
             return None
 
 
+def _emptied(run_directory: Path, engine: RemoteEngine) -> Path:
+    """Where this replica's adapters lie, without those of the replica before it."""
+    place = run_directory.absolute() / "replicas" / f"{socket.gethostname()}-{engine.url.rpartition(':')[2]}"
+    shutil.rmtree(place, ignore_errors=True)
+    return place
+
+
 async def _give_adapter(
-    engine: RemoteEngine, name: str, config: Mapping[str, object], tensors: Mapping[str, Tensor]
+    engine: RemoteEngine, name: str, place: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Have a replica that nobody calls yet answer with this adapter; it has read it when this returns."""
-    prefix = f"lightning-bus-start-{engine.url.rpartition(':')[2]}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=shm_directory()) as directory:
-        place = Path(directory) / "adapter"
-        await anyio.to_thread.run_sync(write_adapter, place, config, tensors)
-        await engine.load_adapter(name, str(place))
+    """Have a replica that nobody calls yet answer with this adapter.
+
+    place  a directory that stays as long as the replica does: vLLM 0.32 reads an adapter that came in the place of another
+           again at each step, and its engine dies where the files are gone
+    """
+    await anyio.to_thread.run_sync(write_adapter, place, config, tensors)
+    await engine.load_adapter(name, str(place))
 
 
 async def _push(engine: RemoteEngine, section: ServeSection, tensors: Mapping[str, Tensor], version: str) -> None:
